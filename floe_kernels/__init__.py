@@ -1,0 +1,13 @@
+"""Kernels for training mixtures of LoRA experts, and methods to decide where experts pay."""
+
+import contextlib
+import importlib
+
+from floe_kernels import functional, nn, reference
+from floe_kernels.nn import FusedMoELoRA
+
+with contextlib.suppress(ModuleNotFoundError):  # built with FLOE_BUILD=none
+    importlib.import_module("floe_kernels._C")  # adds native kernels to the ops; adds no names
+
+__version__ = "0.1.0"
+__all__ = ["FusedMoELoRA", "functional", "nn", "reference"]

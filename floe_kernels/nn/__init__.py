@@ -1,0 +1,6 @@
+"""Modules: they own parameters, and no mathematics."""
+
+from floe_kernels.nn.batch import BatchContext
+from floe_kernels.nn.fused_moe_lora import FusedMoELoRA
+
+__all__ = ["BatchContext", "FusedMoELoRA"]

@@ -1,0 +1,48 @@
+"""``floe::segment_grad_square`` and ``floe::linear_grad_square``: scores, without a gradient.
+
+==========  =================================  ===========================
+device      kernel                             present when
+==========  =================================  ===========================
+any         reference/grad_square.py           always
+==========  =================================  ===========================
+"""
+
+import torch
+from torch import Tensor
+
+from floe_kernels import reference
+
+
+@torch.library.custom_op("floe::segment_grad_square", mutates_args=())
+def segment_grad_square(
+    g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Serve every device for which no kernel is registered."""
+    return reference.segment_grad_square(g, x, offsets, scale, reduce)
+
+
+@segment_grad_square.register_fake
+def _(
+    g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = g.shape[1], x.shape[1]
+    dtype = torch.promote_types(g.dtype, x.dtype)
+    score = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = {"element": (rows, cols), "rank": (rows,), "matrix": ()}[reduce]
+    return (
+        g.new_empty(rows, cols, dtype=dtype),
+        g.new_empty(shape, dtype=score),
+        g.new_empty(offsets.shape[0] - 1, dtype=score),
+    )
+
+
+@torch.library.custom_op("floe::linear_grad_square", mutates_args=())
+def linear_grad_square(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+    """Serve every device for which no kernel is registered."""
+    return reference.linear_grad_square(g, x, offsets, scale)
+
+
+@linear_grad_square.register_fake
+def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
+    return g.new_empty(offsets.shape[0] - 1, dtype=dtype)

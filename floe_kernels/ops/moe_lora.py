@@ -1,0 +1,233 @@
+"""``floe::moe_lora_linear`` and ``floe::moe_lora``, and their one ``floe::moe_lora_backward``.
+
+==========  =================================  ===========================
+device      kernel                             present when
+==========  =================================  ===========================
+any         reference/moe_lora.py              always
+==========  =================================  ===========================
+
+Everything is two-dimensional here: N tokens, I inputs, O outputs, E experts, K kept, R packed
+columns, C columns of z. ``functional/moe_lora.py`` flattened and checked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from floe_kernels import reference
+from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, adapter, wide_dtype
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # out, z, experts, gates, logits
+
+
+@torch.library.custom_op("floe::moe_lora_linear", mutates_args=())
+def moe_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    scaling: Tensor,
+    ranks: Sequence[int],
+    top_k: int,
+    shared_A: bool,
+    renormalize: bool,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    aux_coefs: Tensor | None,
+    fisher_offsets: Tensor | None,
+    fisher_scale: Tensor | None,
+    fisher_A: Tensor | None,
+    fisher_B: Tensor | None,
+    fisher_router: Tensor | None,
+    fisher_gate: Tensor | None,
+) -> Forward:
+    """Own both GEMMs: the frozen linear, and the experts added to its output in place."""
+    h, *rest = adapter(
+        x, lora_A, router_weight, scaling, ranks, top_k, shared_A, renormalize,
+        token_mask, dropout_p, dropout_seed,
+    )  # fmt: skip
+    out = F.linear(x, weight, bias).addmm_(h, lora_B.to(h.dtype))
+    return out, *rest  # type: ignore[return-value]
+
+
+@torch.library.custom_op("floe::moe_lora", mutates_args=())
+def moe_lora(
+    x: Tensor,
+    base_out: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    scaling: Tensor,
+    ranks: Sequence[int],
+    top_k: int,
+    shared_A: bool,
+    renormalize: bool,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    aux_coefs: Tensor | None,
+    fisher_offsets: Tensor | None,
+    fisher_scale: Tensor | None,
+    fisher_A: Tensor | None,
+    fisher_B: Tensor | None,
+    fisher_router: Tensor | None,
+    fisher_gate: Tensor | None,
+) -> Forward:
+    """Serve a base of any kind: an operator may not write to its input, so this pays a new y."""
+    h, *rest = adapter(
+        x, lora_A, router_weight, scaling, ranks, top_k, shared_A, renormalize,
+        token_mask, dropout_p, dropout_seed,
+    )  # fmt: skip
+    out = base_out + (h @ lora_B.to(h.dtype)).to(base_out.dtype)
+    return out, *rest  # type: ignore[return-value]
+
+
+@torch.library.custom_op(
+    "floe::moe_lora_backward",
+    mutates_args=("fisher_A", "fisher_B", "fisher_router", "fisher_gate"),
+)
+def moe_lora_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    scaling: Tensor,
+    z: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    logits: Tensor,
+    ranks: Sequence[int],
+    shared_A: bool,
+    renormalize: bool,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    aux_coefs: Tensor | None,
+    needs: Sequence[bool],
+    fisher_offsets: Tensor | None,
+    fisher_scale: Tensor | None,
+    fisher_A: Tensor | None,
+    fisher_B: Tensor | None,
+    fisher_router: Tensor | None,
+    fisher_gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, lora_A, lora_B and router, ``(0,)`` where not needed.
+
+    ``weight`` None leaves the base's share out of the gradient of x.
+    """
+    fisher = None
+    if fisher_offsets is not None:
+        fisher = FisherBuffers(
+            fisher_offsets, fisher_scale, fisher_A, fisher_B, fisher_router, fisher_gate
+        )
+    saved = Adapter(z, z, experts, gates, logits)
+    return reference.moe_lora_backward(
+        grad_out, x, weight, lora_A, lora_B, router_weight, scaling, saved, ranks, shared_A,
+        renormalize, token_mask, dropout_p, dropout_seed, aux_coefs, needs, fisher,
+    )  # fmt: skip
+
+
+def _saved_like(
+    x: Tensor, lora_A: Tensor, router_weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, wide = x.shape[0], wide_dtype(x)
+    return (
+        x.new_empty(n, lora_A.shape[0]),
+        x.new_empty(n, top_k, dtype=torch.int64),
+        x.new_empty(n, top_k, dtype=wide),
+        x.new_empty(n, router_weight.shape[0], dtype=wide),
+    )
+
+
+@moe_lora_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
+      scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    return out, *_saved_like(x, lora_A, router_weight, top_k)
+
+
+@moe_lora.register_fake
+def _(x: Tensor, base_out: Tensor, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
+      scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
+    out = base_out.new_empty(base_out.shape)
+    return out, *_saved_like(x, lora_A, router_weight, top_k)
+
+
+@moe_lora_backward.register_fake
+def _(grad_out: Tensor, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor,
+      router_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    needs = rest[12]
+    wanted = zip((x, lora_A, lora_B, router_weight), needs, strict=True)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in wanted)  # type: ignore[return-value]
+
+
+def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]:
+    """Run the one backward operator; None stands for each gradient nobody asked for."""
+    x, weight, lora_A, lora_B, router_weight, *rest = ctx.saved_tensors
+    if ctx.fisher[0] is not None:
+        # a second backward through the same graph would count its samples twice
+        if ctx.counted:
+            raise RuntimeError(
+                "each forward pass may be differentiated once while a FisherCollector is active, "
+                "got a second backward through the same graph"
+            )
+        ctx.counted = True
+    needs = [ctx.needs_input_grad[i] for i in ctx.positions]
+    grads = torch.ops.floe.moe_lora_backward(
+        grad_out, x, weight if has_base else None, lora_A, lora_B, router_weight, *rest[:5],
+        *ctx.config[:3], rest[5], ctx.config[3], rest[6], rest[7], needs, *ctx.fisher,
+    )  # fmt: skip
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _setup(ctx: Any, x: Tensor, weight: Tensor | None, shared: Any, outputs: Forward) -> None:
+    (lora_A, lora_B, router_weight, scaling, ranks, _top_k, shared_A, renormalize,
+     token_mask, dropout_p, dropout_seed, aux_coefs, *fisher) = shared  # fmt: skip
+    _out, z, experts, gates, logits = outputs
+    ctx.set_materialize_grads(False)  # z, gates and logits carry no gradient
+    ctx.save_for_backward(
+        x, weight, lora_A, lora_B, router_weight,
+        scaling, z, experts, gates, logits, token_mask, dropout_seed, aux_coefs,
+    )  # fmt: skip
+    ctx.config = (ranks, shared_A, renormalize, dropout_p)
+    # attributes, not saved tensors: the backward adds to these buffers, and a layer that runs
+    # twice in one forward would then find its saved copy changed
+    ctx.fisher, ctx.counted = fisher, False
+
+
+def _setup_linear(ctx: Any, inputs: Any, output: Forward) -> None:
+    x, weight, _bias, *shared = inputs
+    ctx.positions = (0, 3, 4, 5)
+    _setup(ctx, x, weight, shared, output)
+
+
+def _backward_linear(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 21
+    dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=True)
+    return dx, None, None, dA, dB, drouter, *(None,) * 15
+
+
+def _setup_foreign(ctx: Any, inputs: Any, output: Forward) -> None:
+    x, _base_out, *shared = inputs
+    ctx.positions = (0, 2, 3, 4)
+    _setup(ctx, x, None, shared, output)
+
+
+def _backward_foreign(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 20
+    dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=False)
+    return dx, grad_out, dA, dB, drouter, *(None,) * 15
+
+
+moe_lora_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+moe_lora.register_autograd(_backward_foreign, setup_context=_setup_foreign)

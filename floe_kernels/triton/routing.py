@@ -1,0 +1,77 @@
+"""Routing kernels.
+
+Dims: N tokens, E experts, K experts kept per token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _topk_softmax_kernel(
+    logits_ptr,  # (N, E)
+    gates_ptr,  # (N, K)
+    experts_ptr,  # (N, K) int64
+    logits_stride_n,
+    N,
+    E,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,  # over the kept logits, else over all
+    ACC: tl.constexpr,  # dtype of the softmax
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # power of two >= E
+    BLOCK_K: tl.constexpr,  # power of two >= K
+):
+    """Route BLOCK_N tokens: K rounds of arg-max over the experts, then softmax the winners."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
+    kept = tl.arange(0, BLOCK_K)
+    in_n = n < N
+
+    in_ne = in_n[:, None] & (e[None, :] < E)
+    z = tl.load(logits_ptr + n[:, None] * logits_stride_n + e[None, :], mask=in_ne, other=0.0)
+    # padding experts must lose every round; padding tokens may hold anything finite
+    z = tl.where(e[None, :] < E, z.to(ACC), float("-inf"))  # (BLOCK_N, BLOCK_E)
+
+    top_z = tl.max(z, axis=1)
+    total = tl.sum(tl.exp(z - top_z[:, None]), axis=1)  # over all experts, before any leaves
+    best_z = tl.full((BLOCK_N, BLOCK_K), float("-inf"), ACC)
+    best_e = tl.zeros((BLOCK_N, BLOCK_K), tl.int64)
+    for k in tl.static_range(K):
+        top, arg = tl.max(z, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        best_z = tl.where(kept[None, :] == k, top[:, None], best_z)
+        best_e = tl.where(kept[None, :] == k, arg[:, None].to(tl.int64), best_e)
+        z = tl.where(e[None, :] == arg[:, None], float("-inf"), z)  # out of the next round
+
+    # padding columns of best_z are -inf and weigh exp(-inf) = 0
+    w = tl.exp(best_z - top_z[:, None])
+    if RENORMALIZE:
+        total = tl.sum(w, axis=1)
+    gates = w / total[:, None]
+
+    out = n[:, None] * K + kept[None, :]
+    mask = in_n[:, None] & (kept[None, :] < K)
+    tl.store(gates_ptr + out, gates.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(experts_ptr + out, best_e, mask=mask)
+
+
+def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Launch :func:`_topk_softmax_kernel`. Unit stride over experts is all it asks of layout."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    n, e = logits.shape
+    gates = logits.new_empty(n, k)
+    experts = logits.new_empty(n, k, dtype=torch.int64)
+    block_e = triton.next_power_of_2(e)
+    # 1024 logits a program: at 4096 one thread holds up to 247 registers, of 255 (sm_90, E 64, K 8)
+    block_n = max(1, min(64, 1024 // block_e))
+    if n:
+        _topk_softmax_kernel[(triton.cdiv(n, block_n),)](
+            logits, gates, experts, logits.stride(0), n, e,
+            K=k, RENORMALIZE=renormalize,
+            ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+            BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(k),
+        )  # fmt: skip
+    return gates, experts
