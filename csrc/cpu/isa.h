@@ -1,0 +1,42 @@
+// Which instruction set the CPU kernels use. No torch in this file.
+//
+//   switch (isa()) {             // read once per operator call, outside the loops
+//     case kAmx: ...             // the cases fall from the best to kDefault
+//     default: ...
+//   }
+#pragma once
+
+namespace floe::cpu {
+
+// Each includes all those before it, so `isa() >= kAvx512` asks for AVX-512 or better.
+enum Isa : int {
+  kDefault,     // what the compiler assumes: SSE2 on x86-64, NEON on AArch64
+  kAvx2,        // AVX2, FMA, F16C
+  kAvx512,      // AVX-512 F, BW, DQ, VL
+  kAvx512Bf16,  // AVX-512 BF16: vdpbf16ps
+  kAmx,         // AMX tiles of bf16 and int8
+};
+
+inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// The best that this CPU has and its operating system lets us use. Found once.
+Isa best_isa() noexcept;
+
+// The one in use: best_isa(), until set_isa() lowers it.
+Isa isa() noexcept;
+
+// The caller promises wanted <= best_isa(); an operator call under way may finish on the old one.
+void set_isa(Isa wanted) noexcept;
+
+// _C and _info are two shared objects with one choice between them, which lives in _C, where the
+// kernels are. _C hands these pointers to _info in a capsule, CPython's own way for one extension
+// module to call another: no symbol is looked up by name and neither links to the other.
+struct IsaTable {
+  decltype(&best_isa) best;
+  decltype(&isa) get;
+  decltype(&set_isa) set;
+};
+
+inline constexpr const char* kIsaCapsule = "floe_kernels._C._isa";
+
+}  // namespace floe::cpu
