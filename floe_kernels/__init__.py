@@ -3,11 +3,12 @@
 import contextlib
 import importlib
 
-from floe_kernels import functional, nn, reference
+from floe_kernels import functional, nn, reference, scores
 from floe_kernels.nn import FusedMoELoRA
+from floe_kernels.scores import FisherCollector
 
 with contextlib.suppress(ModuleNotFoundError):  # built with FLOE_BUILD=none
     importlib.import_module("floe_kernels._C")  # adds native kernels to the ops; adds no names
 
 __version__ = "0.1.0"
-__all__ = ["FusedMoELoRA", "functional", "nn", "reference"]
+__all__ = ["FisherCollector", "FusedMoELoRA", "functional", "nn", "reference", "scores"]

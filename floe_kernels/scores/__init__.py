@@ -1,0 +1,8 @@
+"""Measure a model: tensors in, ``{name: number}`` out."""
+
+from floe_kernels.scores.collector import FisherCollector
+from floe_kernels.scores.fisher import fisher
+from floe_kernels.scores.record import FisherRecord
+from floe_kernels.scores.sensitivity import sensitivity
+
+__all__ = ["FisherCollector", "FisherRecord", "fisher", "sensitivity"]
