@@ -148,7 +148,7 @@ def moe_lora_backward(
     lora_B and router want a gradient; per-sample squares are added to ``fisher``.
     """
     _, z, experts, gates, logits = saved
-    wide, empty = wide_dtype(x), x.new_empty(0)
+    wide = wide_dtype(x)
     x_kept, dy = drop_masked(x, token_mask), drop_masked(grad_out, token_mask)
     z_all = packed_z(z, ranks, shared_A)
     gate = scaling.to(wide) * column_gates(experts, gates, ranks)  # (N, R)
@@ -166,22 +166,25 @@ def moe_lora_backward(
     dz = dz.to(x.dtype)
     h = (gate * z_all).to(x.dtype)
 
-    grad_x = empty
-    if needs[0]:
-        grad_x = dropout(dz @ lora_A.to(x.dtype), dropout_p, dropout_seed)
-        grad_x = grad_x + dlogits.to(x.dtype) @ router_weight.to(x.dtype)
-        if weight is not None:
-            grad_x = grad_x + grad_out @ weight.to(grad_out.dtype)
-    x_dropped = dropout(x_kept, dropout_p, dropout_seed)
     narrow = dlogits.to(x.dtype)
+    x_dropped = dropout(x_kept, dropout_p, dropout_seed)
     if fisher is not None:
         fisher.add(x_kept, x_dropped, dy, dz, h, narrow, u, gate, z_all)
-    return Gradients(
-        grad_x,
-        (dz.T @ x_dropped).to(lora_A.dtype) if needs[1] else empty.to(lora_A.dtype),
-        (h.T @ dy).to(lora_B.dtype) if needs[2] else empty.to(lora_B.dtype),
-        (narrow.T @ x_kept).to(router_weight.dtype) if needs[3] else empty.to(router_weight.dtype),
-    )
+    grad_x = grad_A = grad_B = grad_router = None
+    if needs[0]:
+        grad_x = dropout(dz @ lora_A.to(x.dtype), dropout_p, dropout_seed)
+        grad_x = grad_x + narrow @ router_weight.to(x.dtype)
+        if weight is not None:
+            grad_x = grad_x + grad_out @ weight.to(grad_out.dtype)
+    if needs[1]:
+        grad_A = dz.T @ x_dropped
+    if needs[2]:
+        grad_B = h.T @ dy
+    if needs[3]:
+        grad_router = narrow.T @ x_kept
+    pairs = ((grad_x, x), (grad_A, lora_A), (grad_B, lora_B), (grad_router, router_weight))
+    # a fresh empty each: an operator's outputs may not be one tensor
+    return Gradients(*(p.new_empty(0) if g is None else g.to(p.dtype) for g, p in pairs))
 
 
 class FisherBuffers(NamedTuple):
