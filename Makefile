@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 
 # TORCH=2.10.0 or TORCH=newest lifts the pins of torch and of what a CUDA build of it brings
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
-INSTALL = $(PY) -m pip install --quiet --no-input --constraint $(CONSTRAINTS)
+INSTALL = $(PY) -m pip install --quiet --quiet --no-input --constraint $(CONSTRAINTS)
 
 # a stamp is a finished step; the last one names what was built, so that another choice, or a
 # compiler that was installed since, builds again
@@ -57,7 +57,8 @@ format: $(STAMPS)/packages  ## put every file in its form
 	$(BIN)/clang-format -i $(SOURCES)
 
 wheel: $(STAMPS)/packages  ## one wheel for every CPython >= 3.10 and torch >= 2.10, in dist
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+	rm -rf build/lib* dist  # setuptools packs whatever an earlier build left there
+	$(PY) -m pip wheel --quiet --quiet --no-deps --no-build-isolation --wheel-dir dist \
 	    --config-settings=--build-option=--py-limited-api=cp310 .
 	@ls dist/*.whl
 
@@ -90,7 +91,7 @@ $(STAMPS)/packages: $(STAMPS)/torch pyproject.toml
 	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[cli,demo,dev,peft,search,transformers]'
 	@$(PY) -c 'import triton' 2> /dev/null || { \
 	    sed -n 's/^#cpu //p' constraints.txt > $(VENV)/triton.txt && \
-	    $(PY) -m pip install --quiet --no-input --requirement $(VENV)/triton.txt; } || \
+	    $(PY) -m pip install --quiet --quiet --no-input --requirement $(VENV)/triton.txt; } || \
 	    echo "Triton does not install on this platform: its kernels are not tested here"
 	@touch $@
 
