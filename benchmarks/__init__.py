@@ -1,0 +1,1 @@
+"""Measures every operation beside the peers that can run, and says where each one is wrong."""

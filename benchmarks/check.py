@@ -1,0 +1,85 @@
+"""How wrong each provider is: relative Frobenius error against float64, before it is timed."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Operation, Provider, Unavailable
+
+#: Times the error of plain PyTorch in the same dtype that a provider may make, plus as many
+#: roundings of the output. Sums in another order differ by less, a missing factor by far more.
+FACTOR = 4.0
+#: FLOPs of a forward and backward in float64 that a check may cost on a CPU.
+CHECK_FLOPS = 40e9
+
+
+@dataclass
+class Verdict:
+    """What the check found."""
+
+    status: str  #: "ok", "wrong", "unavailable" or "failed"
+    why: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """The largest error of any result."""
+        return max(self.errors.values()) if self.errors else None
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Return ||got - truth|| / ||truth||; infinite where something is not finite."""
+    if got.shape != truth.shape:
+        return float("inf")
+    got = got.detach().double()
+    error = (got - truth).norm() / truth.norm().clamp(min=1e-300)
+    return float(error) if bool(got.isfinite().all()) else float("inf")
+
+
+class Checker:
+    """The truth of one case, computed once for all providers."""
+
+    def __init__(self, op: Operation, case: object, device: str, seed: int = 1234) -> None:
+        flops = op.cost(case, "fwdbwd")[0]
+        if device == "cpu" and flops > CHECK_FLOPS:
+            tokens = case.tokens  # type: ignore[attr-defined]
+            case = op.limit(case, max(1, int(tokens * CHECK_FLOPS / flops)))
+        self.tokens = case.tokens  # type: ignore[attr-defined]
+        self.inputs = op.inputs(case, device, seed)
+        self.truth = op.truth(self.inputs)
+        rounding = torch.finfo(case.dtype).eps  # type: ignore[attr-defined]
+        plain = op.yardstick(self.inputs)
+        self.allowed = {
+            name: FACTOR * (relative_error(plain[name], value) + rounding)
+            for name, value in self.truth.items()
+        }
+
+    def verdict(self, provider: Provider) -> Verdict:
+        """Run the provider once and judge every result it gives."""
+        try:
+            results = provider.build(self.inputs).results()
+        except Unavailable as reason:
+            return Verdict("unavailable", str(reason))
+        except Exception as error:  # a peer may fail in any way; the row says how
+            return Verdict("failed", one_line(error))
+        errors = {name: relative_error(results[name], self.truth[name]) for name in results
+                  if name in self.truth}  # fmt: skip
+        allowed = {name: self.allowed[name] for name in errors}
+        missing = set(self.truth) - set(results)
+        if provider.role != "base" and missing:
+            return Verdict("wrong", f"no {', '.join(sorted(missing))}", errors, allowed)
+        if provider.role == "base":  # its y is not the layer's, and is not claimed to be
+            return Verdict("ok")
+        wrong = [name for name in errors if not errors[name] <= allowed[name]]
+        if wrong:
+            why = ", ".join(f"{n} off by {errors[n]:.1e} (allowed {allowed[n]:.1e})" for n in wrong)
+            return Verdict("wrong", why, errors, allowed)
+        return Verdict("ok", "", errors, allowed)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind and the first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

@@ -1,0 +1,1 @@
+"""One module per family of peers; importing one registers what it provides."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: named shapes, and makers of random inputs."""
