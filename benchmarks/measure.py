@@ -8,8 +8,9 @@ from torch import Tensor
 from benchmarks import memory, roofline
 from benchmarks.check import Checker, Verdict, one_line
 from benchmarks.registry import Operation, Provider, Step
-from benchmarks.spread import Spread, overhead_ratio, ratio, spread
-from benchmarks.timing import interleave
+from benchmarks.spread import Spread, overhead_ratio, ratio
+from benchmarks.spread import seconds as seconds_spread
+from benchmarks.timing import Sample, interleave
 
 #: Sets of inputs are drawn until they hold so many times the last cache, and no more than so many.
 CACHES, MOST_SETS = 2.0, 48
@@ -43,7 +44,7 @@ def measure(
     checked = checker.tokens
     del checker  # its float64 tensors are large
     right = [p for p in providers if verdicts[p.name].status == "ok"]
-    samples: dict[str, list[float]] = {p.name: [] for p in right}
+    samples: dict[str, list[Sample]] = {p.name: [] for p in right}
     extras: dict[str, dict[str, Any]] = {p.name: {} for p in right}
     for epoch in range(epochs):
         sets = input_sets(op, case, device, seed=1000 * epoch)
@@ -70,7 +71,7 @@ def measure(
 
 
 def best_peer(
-    samples: dict[str, list[float]], providers: list[Provider], base: list[float]
+    samples: dict[str, list[Sample]], providers: list[Provider], base: list[Sample]
 ) -> str | None:
     """Return the fastest right provider that is neither ours nor the base."""
     peers = [p.name for p in providers if p.role == "peer" and p.name in samples]
@@ -83,7 +84,7 @@ def record(
     mode: str,
     provider: Provider,
     verdict: Verdict,
-    samples: dict[str, list[float]],
+    samples: dict[str, list[Sample]],
     extras: dict[str, dict[str, Any]],
     providers: list[Provider],
     checked: int,
@@ -108,11 +109,12 @@ def record(
     if provider.name not in samples or base not in samples:
         return line
     mine, floor = samples[provider.name], samples[base]
-    seconds = spread(mine)
+    seconds = seconds_spread(mine)
     flops, moved = op.cost(case, mode)
     line |= {
         "ms": rounded(Spread(*(1e3 * s for s in seconds))),
-        "samples": len(mine),
+        "rounds": len(mine),
+        "quiet_rounds": sum(s.quiet for s in mine),
         "over_base": rounded(ratio(mine, floor)),
         **extras[provider.name],
     }

@@ -8,6 +8,13 @@ epochs. An epoch draws and allocates everything anew, so what changes from one p
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks.timing import Sample
+
+#: Quiet rounds below which the disturbed ones count too.
+FEWEST = 5
+#: Share of the base's time below which an overhead is not told from noise.
+LEAST_OVERHEAD = 0.01
+
 
 class Spread(NamedTuple):
     """A median and the 20 % and 80 % quantiles around it."""
@@ -36,22 +43,39 @@ def spread(numbers: Sequence[float]) -> Spread:
     return Spread(quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8))
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+def quiet(*rows: Sequence[Sample]) -> list[tuple[float, ...]]:
+    """Return the seconds, round by round, of the rounds in which no row was disturbed.
+
+    Of all rounds, where fewer than :data:`FEWEST` were quiet.
+    """
+    rounds = list(zip(*rows, strict=True))
+    calm = [r for r in rounds if all(s.quiet for s in r)]
+    kept = calm if len(calm) >= FEWEST else rounds
+    return [tuple(s.seconds for s in r) for r in kept]
+
+
+def seconds(row: Sequence[Sample]) -> Spread:
+    """Return the spread of one provider's own times."""
+    return spread([s for (s,) in quiet(row)])
+
+
+def ratio(numerator: Sequence[Sample], denominator: Sequence[Sample]) -> Spread:
     """Return the spread of the ratios round by round."""
-    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+    return spread([a / b for a, b in quiet(numerator, denominator)])
 
 
 def overhead_ratio(
-    ours: Sequence[float], peer: Sequence[float], base: Sequence[float]
+    ours: Sequence[Sample], peer: Sequence[Sample], base: Sequence[Sample]
 ) -> Spread | None:
     """Return (ours - base) / (peer - base), or None where the peer's overhead is lost in noise.
 
     The median is the ratio of the two median overheads; the quantiles are those of the rounds.
     """
-    mine = [(a - c) / c for a, c in zip(ours, base, strict=True)]
-    theirs = [(b - c) / c for b, c in zip(peer, base, strict=True)]
-    if quantile(sorted(theirs), 0.2) < 0.01:
+    rounds = quiet(ours, peer, base)
+    mine = [a / c - 1 for a, _, c in rounds]
+    theirs = [b / c - 1 for _, b, c in rounds]
+    if quantile(sorted(theirs), 0.2) < LEAST_OVERHEAD:
         return None
-    rounds = spread([a / b for a, b in zip(mine, theirs, strict=True) if b > 0])
+    within = spread([a / b for a, b in zip(mine, theirs, strict=True) if b > 0])
     middle = quantile(sorted(mine), 0.5) / quantile(sorted(theirs), 0.5)
-    return Spread(middle, min(rounds.low, middle), max(rounds.high, middle))
+    return Spread(middle, min(within.low, middle), max(within.high, middle))
