@@ -31,7 +31,14 @@ class FisherRecord:
             order, not squared.
         modules: The adapted modules, in model order.
         counts: ``samples``, ``samples_with_loss``, ``tokens``, ``skipped`` (non-finite) steps.
-        meta: The definition: kind, unit, per_sample, granularity, loss_reduction, versions.
+        meta: The definition: kind, unit, per_sample, granularity, loss_reduction.
+
+    Example:
+        >>> import torch
+        >>> counts = {"samples": 2, "samples_with_loss": 2, "tokens": 8, "skipped": 0}
+        >>> sums, sizes = {"m.0.q.lora_B": torch.tensor(6.0)}, {"m.0.q.lora_B": 3}
+        >>> FisherRecord(sums, sizes, {}, torch.zeros(2, 0), [], counts).read(how="sum")
+        {'m.0.q.lora_B': 3.0}
     """
 
     sums: dict[str, Tensor]
