@@ -17,12 +17,13 @@ PY := $(BIN)/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # TORCH=2.10.0 or TORCH=newest lifts the pins of torch and of what a CUDA build of it brings
-CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
 INSTALL = $(PY) -m pip install --quiet --quiet --no-input --constraint $(CONSTRAINTS)
 
-# a stamp is a finished step; the last one names what was built, so that another choice, or a
-# compiler that was installed since, builds again
+# a stamp is a finished step; two name what was chosen, so that another torch, another FLOE_BUILD
+# or a compiler that was installed since is noticed
 STAMPS := $(VENV)/stamps
+TORCH_IN := $(STAMPS)/torch-$(or $(TORCH),pinned)
 BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp,nocpp)
 
 .DEFAULT_GOAL := help
@@ -74,18 +75,19 @@ $(STAMPS)/venv:
 	    { echo "Python's venv module does not work here; Debian has it in python3-venv"; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
-$(VENV)/constraints.txt: constraints.txt $(STAMPS)/venv
+$(VENV)/constraints-$(TORCH).txt: constraints.txt $(STAMPS)/venv
 	@sed '/^torch==/d; /^cuda-/d; /^nvidia-/d' $< > $@
 	@$(if $(filter newest,$(TORCH)),,echo 'torch==$(TORCH)' >> $@)
 
 # torch goes first and alone: it decides whether Triton is there already, and what follows must
 # take the build that is installed instead of looking for another
-$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
+$(TORCH_IN): $(STAMPS)/venv $(CONSTRAINTS)
 	@echo "installing torch"
+	@rm -f $(STAMPS)/torch-*
 	@$(INSTALL) torch
 	@touch $@
 
-$(STAMPS)/packages: $(STAMPS)/torch pyproject.toml
+$(STAMPS)/packages: $(TORCH_IN) pyproject.toml
 	@echo "installing the other packages"
 	@$(INSTALL) setuptools pybind11 ninja
 	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[cli,demo,dev,peft,search,transformers]'
