@@ -1,0 +1,132 @@
+"""How the kernels are launched: tiles, splits, the choice of regime, and small tables on the device.
+
+Every number here follows from shapes and dtypes alone, so that a run repeats bit for bit; none is
+searched for at run time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from floe_kernels.reference.dropout import keep_threshold
+
+# two programs for each of an H100's 132 multiprocessors: one loads while the other multiplies
+PROGRAMS = 264
+# below, 64 rows a program leave most multiprocessors idle and the sums over I and O are split
+SPLIT_BELOW = 4096
+# parts of a split sum: at 16 the float32 parts of 1024 tokens by 144 columns are 9 MB, inside L2
+MAX_PARTS = 16
+MOST_EXPERTS_IN_TILE = 64  # beside 128 columns of z; at 128 the logits alone hold 64 registers
+
+
+class Tile(NamedTuple):
+    """One kernel's block sizes and launch options."""
+
+    rows: int  #: of the result
+    columns: int  #: of the result
+    depth: int  #: of the sum, a step
+    warps: int
+    stages: int
+
+
+def use_groups(num_columns: int, top_k: int, shared_A: bool) -> bool:
+    """Choose the regime: sort tokens by expert, or compute every packed column and mask.
+
+    All columns cost one read of x while they are memory-bound, that is up to about 256 (the
+    ratio of an H100's bf16 arithmetic to its bandwidth); sorted tokens are read ``top_k`` times.
+    """
+    return not shared_A and num_columns > 256 * max(top_k, 1.5)
+
+
+def block(size: int, most: int, least: int = 16) -> int:
+    """Return the power of two that covers ``size``, within what a product of tiles can take."""
+    return int(max(least, min(most, triton.next_power_of_2(max(1, size)))))
+
+
+def parts(programs: int, steps: int) -> int:
+    """Return into how many parts to cut a sum of ``steps`` so that the device is filled."""
+    return max(1, min(MAX_PARTS, PROGRAMS // max(1, programs), steps))
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Say whether the tensor cores take this dtype; float32 is multiplied as float32."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def arithmetic(x: Tensor) -> dict[str, object]:
+    """Return the constants of a kernel's products: float32 follows torch's own setting."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {"PRECISION": "ieee" if exact else "tf32", "WIDEN": x.device.type == "cpu"}
+
+
+_COLUMN_EXPERTS: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def column_experts(ranks: Sequence[int], device: torch.device) -> Tensor:
+    """Return the expert of every packed column, ``(R,)`` int32, copied to the device once.
+
+    Never dropped: a captured graph holds its address.
+    """
+    key = (tuple(ranks), device)
+    if key not in _COLUMN_EXPERTS:
+        owners = [e for e, rank in enumerate(ranks) for _ in range(rank)]
+        _COLUMN_EXPERTS[key] = torch.tensor(owners, dtype=torch.int32, device=device)
+    return _COLUMN_EXPERTS[key]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return ``x`` with unit stride along its rows, which is all the kernels ask of a layout."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 and x.is_contiguous() else x.contiguous()
+
+
+def shrink_tile(x: Tensor, columns: int) -> Tile:
+    """Tokens by packed columns, summed over inputs (or outputs, in the gate's backward)."""
+    if not is_narrow(x):
+        return Tile(32, block(columns, 64), 16, 4, 2)
+    return Tile(64, block(columns, 128), 64, 4, 3)
+
+
+def expand_tile(x: Tensor, columns: int) -> Tile:
+    """Tokens by outputs, summed over packed columns."""
+    if not is_narrow(x):
+        return Tile(64, 64, 16, 4, 2)
+    return Tile(128, 128, block(columns, 64), 8, 2)
+
+
+def weight_tile(x: Tensor, columns: int) -> Tile:
+    """Packed columns by inputs (or outputs), summed over tokens."""
+    if not is_narrow(x):
+        return Tile(64, block(columns, 64), 16, 4, 2)
+    return Tile(128, block(columns, 128), 64, 8, 3)
+
+
+class Dropout(NamedTuple):
+    """Dropout on the input of lora_A, as kernels take it."""
+
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped at all."""
+        return self.seed is not None
+
+
+def as_dropout(p: float, seed: Tensor | None) -> Dropout:
+    """Return the dropout of probability ``p``; none without a seed."""
+    return Dropout(seed if p else None, keep_threshold(p), 1.0 / (1.0 - p))
+
+
+def adapter_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Return contiguous weights no narrower than x; kernels narrow wider ones as they load."""
+    wide = [w if w.dtype in (x.dtype, torch.float32) else w.to(x.dtype) for w in weights]
+    return tuple(w.contiguous() for w in wide)
+
+
+def as_bytes(token_mask: Tensor | None) -> Tensor | None:
+    """Return the mask as a kernel reads it, without a copy."""
+    return None if token_mask is None else token_mask.contiguous().view(torch.uint8)

@@ -1,0 +1,301 @@
+"""Shrink and route: one read of x gives z, the logits, the gates and the masked, scaled h.
+
+Dims: N tokens, I inputs, E experts, K experts kept per token, R packed columns, C columns of z
+(R, or the one rank of a shared A), P parts into which a sum over I is split.
+"""
+
+import triton
+import triton.language as tl
+
+from floe_kernels.triton.tiles import column_gates, dot, dot_exact, drop, select_experts
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    lora_A_ptr,
+    router_ptr,
+    token_mask_ptr,
+    seed_ptr,
+    n,
+    c,
+    e,
+    in_c,
+    in_e,
+    first,
+    steps,
+    threshold,
+    keep_scale,
+    x_stride_n,
+    N,
+    I,
+    HAS_A: tl.constexpr,
+    HAS_ROUTER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Return this tile's share of z and of the logits: BLOCK_I inputs a step, from step first."""
+    live = n < N
+    if HAS_MASK:  # a padding row may hold NaN: it reads as zero
+        live = live & (tl.load(token_mask_ptr + n, mask=live, other=0) != 0)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    z = tl.zeros((n.shape[0], c.shape[0]), tl.float32)
+    logits = tl.zeros((n.shape[0], e.shape[0]), tl.float32)
+    for step in range(steps):
+        i = (first + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        in_i = i < I
+        x = tl.load(
+            x_ptr + n[:, None] * x_stride_n + i[None, :],
+            mask=live[:, None] & in_i[None, :],
+            other=0.0,
+        )
+        if HAS_ROUTER:
+            w = tl.load(
+                router_ptr + e[None, :] * I + i[:, None],
+                mask=in_e[None, :] & in_i[:, None],
+                other=0.0,
+            )
+            logits = dot_exact(x, w, logits, PRECISION, WIDEN)
+        if HAS_A:
+            a = tl.load(
+                lora_A_ptr + c[None, :] * I + i[:, None],
+                mask=in_c[None, :] & in_i[:, None],
+                other=0.0,
+            )
+            if DROPOUT:
+                x = drop(x, n, i, I, seed, threshold, keep_scale)
+            z = dot(x, a.to(x.dtype), z, PRECISION, WIDEN)
+    return z, logits
+
+
+@triton.jit
+def _route(
+    logits,  # (BLOCK_N, BLOCK_E)
+    token_mask_ptr,
+    gates_ptr,
+    experts_ptr,
+    logits_ptr,
+    n,
+    e,
+    N,
+    E,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Store the routing of one tile of tokens and return its gates and experts."""
+    in_n = n < N
+    in_ne = in_n[:, None] & (e[None, :] < E)
+    tl.store(logits_ptr + n[:, None] * E + e[None, :], logits, mask=in_ne)
+    logits = tl.where(e[None, :] < E, logits, float("-inf"))
+    gates, experts = select_experts(logits, E, K, RENORMALIZE, BLOCK_K)
+    if HAS_MASK:
+        live = tl.load(token_mask_ptr + n, mask=in_n, other=0) != 0
+        gates = tl.where(live[:, None], gates, 0.0)
+    kept = tl.arange(0, BLOCK_K)
+    in_nk = in_n[:, None] & (kept[None, :] < K)
+    tl.store(gates_ptr + n[:, None] * K + kept[None, :], gates, mask=in_nk)
+    tl.store(experts_ptr + n[:, None] * K + kept[None, :], experts.to(tl.int64), mask=in_nk)
+    return gates, experts
+
+
+@triton.jit
+def _store_z_and_h(
+    z,  # (BLOCK_N, BLOCK_C) float32
+    gates,
+    experts,
+    scaling_ptr,
+    column_expert_ptr,
+    z_ptr,
+    h_ptr,
+    n,
+    c,
+    in_c,
+    N,
+    R,
+    C,
+    E,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Narrow z, then scale and mask what was narrowed: the backward will read the same numbers."""
+    in_nc = (n < N)[:, None] & in_c[None, :]
+    z = z.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + n[:, None] * C + c[None, :], z, mask=in_nc)
+    wide = z.to(tl.float32)
+    if SHARED:
+        for expert in range(E):
+            gate = tl.sum(tl.where(experts == expert, gates, 0.0), axis=1)
+            column = c + expert * C
+            scaling = tl.load(scaling_ptr + column, mask=in_c, other=0.0).to(tl.float32)
+            h = (scaling[None, :] * gate[:, None] * wide).to(z.dtype)
+            tl.store(h_ptr + n[:, None] * R + column[None, :], h, mask=in_nc)
+    else:
+        scaling = tl.load(scaling_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+        column_expert = tl.load(column_expert_ptr + c, mask=in_c, other=-1)
+        gate = column_gates(gates, experts, column_expert, K)
+        h = (scaling[None, :] * gate * wide).to(z.dtype)
+        tl.store(h_ptr + n[:, None] * R + c[None, :], h, mask=in_nc)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def shrink_route_kernel(
+    x_ptr,  # (N, I)
+    lora_A_ptr,  # (C, I)
+    router_ptr,  # (E, I)
+    scaling_ptr,  # (R,)
+    column_expert_ptr,  # (R,) int32
+    token_mask_ptr,  # (N,) uint8
+    seed_ptr,  # () int64
+    z_ptr,  # (N, C)
+    h_ptr,  # (N, R)
+    gates_ptr,  # (N, K) float32
+    experts_ptr,  # (N, K) int64
+    logits_ptr,  # (N, E) float32
+    threshold,
+    keep_scale,
+    x_stride_n,
+    N,
+    I,
+    R,
+    C,
+    E,
+    steps,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # power of two >= C
+    BLOCK_E: tl.constexpr,  # power of two >= E
+    BLOCK_K: tl.constexpr,  # power of two >= K
+):
+    """Do all that comes before lora_B for BLOCK_N tokens and every column."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    e = tl.arange(0, BLOCK_E).to(tl.int64)
+    z, logits = _products(
+        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, n, c, e, c < C, e < E, 0, steps,
+        threshold, keep_scale, x_stride_n, N, I, True, True, HAS_MASK, DROPOUT, PRECISION, WIDEN,
+        BLOCK_I,
+    )  # fmt: skip
+    gates, experts = _route(
+        logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
+        K, RENORMALIZE, HAS_MASK, BLOCK_K,
+    )  # fmt: skip
+    _store_z_and_h(
+        z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, n, c, c < C, N, R, C, E,
+        K, SHARED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def shrink_part_kernel(
+    x_ptr,  # (N, I)
+    lora_A_ptr,  # (C, I)
+    router_ptr,  # (E, I)
+    token_mask_ptr,  # (N,) uint8
+    seed_ptr,  # () int64
+    part_ptr,  # (P, N, C + E) float32
+    threshold,
+    keep_scale,
+    x_stride_n,
+    N,
+    I,
+    C,
+    E,
+    steps,
+    HAS_A: tl.constexpr,
+    HAS_ROUTER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Write one part of the sums over I, for few tokens or for columns too many for one tile."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, part = tl.program_id(1), tl.program_id(2)
+    c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # beside lora_A the router is one block's work; alone it is as many blocks as it needs
+    e = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    in_c = c < C
+    in_e = e < E
+    if HAS_A:
+        in_e = in_e & (e < BLOCK_E)
+    z, logits = _products(
+        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, n, c, e, in_c, in_e, part * steps,
+        steps, threshold, keep_scale, x_stride_n, N, I, HAS_A, HAS_ROUTER, HAS_MASK, DROPOUT,
+        PRECISION, WIDEN, BLOCK_I,
+    )  # fmt: skip
+    row = (part.to(tl.int64) * N + n) * (C + E)
+    in_n = n < N
+    if HAS_A:
+        tl.store(part_ptr + row[:, None] + c[None, :], z, mask=in_n[:, None] & in_c[None, :])
+    if HAS_ROUTER:
+        out = part_ptr + row[:, None] + C + e[None, :]
+        tl.store(out, logits, mask=in_n[:, None] & in_e[None, :])
+
+
+@triton.jit
+def route_parts_kernel(
+    part_ptr,  # (P, N, C + E) float32
+    scaling_ptr,  # (R,)
+    column_expert_ptr,  # (R,) int32
+    token_mask_ptr,  # (N,) uint8
+    z_ptr,  # (N, C)
+    h_ptr,  # (N, R)
+    gates_ptr,  # (N, K) float32
+    experts_ptr,  # (N, K) int64
+    logits_ptr,  # (N, E) float32
+    P,
+    N,
+    R,
+    C,
+    E,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # power of two >= E
+    BLOCK_K: tl.constexpr,  # power of two >= K
+):
+    """Add the parts in order, then route and mask as :func:`shrink_route_kernel` does."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E).to(tl.int64)
+    in_ne = (n < N)[:, None] & (e < E)[None, :]
+    logits = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for part in range(P):
+        row = (n + part * N) * (C + E) + C
+        logits += tl.load(part_ptr + row[:, None] + e[None, :], mask=in_ne, other=0.0)
+    gates, experts = _route(
+        logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
+        K, RENORMALIZE, HAS_MASK, BLOCK_K,
+    )  # fmt: skip
+    if HAS_A:
+        for block in range(tl.cdiv(C, BLOCK_C)):
+            c = tl.arange(0, BLOCK_C).to(tl.int64) + block * BLOCK_C
+            in_nc = (n < N)[:, None] & (c < C)[None, :]
+            z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+            for part in range(P):
+                row = (n + part * N) * (C + E)
+                z += tl.load(part_ptr + row[:, None] + c[None, :], mask=in_nc, other=0.0)
+            _store_z_and_h(
+                z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, n, c, c < C,
+                N, R, C, E, K, SHARED,
+            )  # fmt: skip
