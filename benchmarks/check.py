@@ -7,9 +7,9 @@ from torch import Tensor
 
 from benchmarks.registry import Operation, Provider, Unavailable
 
-#: Times the error of plain PyTorch in the same dtype that a provider may make, plus as many
-#: roundings of the output. Sums in another order differ by less, a missing factor by far more.
-FACTOR = 4.0
+#: Times the error of plain PyTorch in the same dtype that a provider may make, plus the mean of one
+#: rounding of the output. Sums in another order differ by less, a missing factor by far more.
+FACTOR, ROUNDING = 2.0, 0.25
 #: FLOPs of a forward and backward in float64 that a check may cost on a CPU.
 CHECK_FLOPS = 40e9
 
@@ -49,10 +49,10 @@ class Checker:
         self.tokens = case.tokens  # type: ignore[attr-defined]
         self.inputs = op.inputs(case, device, seed)
         self.truth = op.truth(self.inputs)
-        rounding = torch.finfo(case.dtype).eps  # type: ignore[attr-defined]
+        rounding = ROUNDING * torch.finfo(case.dtype).eps  # type: ignore[attr-defined]
         plain = op.yardstick(self.inputs)
         self.allowed = {
-            name: FACTOR * (relative_error(plain[name], value) + rounding)
+            name: FACTOR * relative_error(plain[name], value) + rounding
             for name, value in self.truth.items()
         }
 
@@ -64,14 +64,14 @@ class Checker:
             return Verdict("unavailable", str(reason))
         except Exception as error:  # a peer may fail in any way; the row says how
             return Verdict("failed", one_line(error))
-        errors = {name: relative_error(results[name], self.truth[name]) for name in results
-                  if name in self.truth}  # fmt: skip
-        allowed = {name: self.allowed[name] for name in errors}
-        missing = set(self.truth) - set(results)
-        if provider.role != "base" and missing:
-            return Verdict("wrong", f"no {', '.join(sorted(missing))}", errors, allowed)
-        if provider.role == "base":  # its y is not the layer's, and is not claimed to be
-            return Verdict("ok")
+        truth, allowed = self.truth, self.allowed
+        if provider.truth is not None:  # it computes something else, and is held to that
+            truth = provider.truth(self.inputs)
+            allowed = dict.fromkeys(truth, max(self.allowed.values()))
+        errors = {
+            name: relative_error(results[name], truth[name]) if name in results else float("inf")
+            for name in truth
+        }
         wrong = [name for name in errors if not errors[name] <= allowed[name]]
         if wrong:
             why = ", ".join(f"{n} off by {errors[n]:.1e} (allowed {allowed[n]:.1e})" for n in wrong)

@@ -52,10 +52,11 @@ def measure(
         for p in right:
             if verdicts[p.name].status == "ok":
                 try:
-                    steps[p.name] = [p.build(inputs) for inputs in sets]
+                    steps[p.name] = [p.build(inputs).bind(mode) for inputs in sets]
                     if epoch == 0:
                         extras[p.name] = memory.extras(steps[p.name][0], mode, device)
                 except Exception as error:
+                    steps.pop(p.name, None)
                     verdicts[p.name] = Verdict("failed", one_line(error))
         timed = interleave(steps, mode, device, seconds / epochs, rounds, seed=epoch)
         for name, row in timed.items():

@@ -34,6 +34,10 @@ class Step:
         """Tensors that exist anyway (weights), which saving for the backward costs nothing."""
         return []
 
+    def bind(self, mode: str) -> "Step":
+        """Prepare for being timed in one mode."""
+        return self
+
 
 class AutogradStep(Step):
     """A forward function whose backward is autograd's, for one given output gradient."""
@@ -72,9 +76,10 @@ class Provider:
     name: str
     build: Callable[[Any], Step]
     origin: str  #: "ours", "PyTorch", "upstream NAME VERSION" or "published formula, rewritten"
-    role: str = "peer"  #: "base", "ours" or "peer"
+    role: str = "peer"  #: "base", "ours", "peer", or "context": another function, not ranked
     devices: tuple[str, ...] = ("cpu", "cuda")
     slow: bool = False  #: left out of a quick run
+    truth: Callable[[Any], dict[str, Tensor]] | None = None  #: where it is not the operation's
 
 
 @dataclass
@@ -115,7 +120,7 @@ class Operation:
 
 OPERATIONS: dict[str, Operation] = {}
 #: Modules whose import fills ``OPERATIONS``, in the order tables show providers.
-PROVIDERS = ("layers", "dense_cat", "grouped_mm", "loops")
+PROVIDERS = ("layers", "dense_cat", "grouped_mm", "scattermoe", "loops", "peft_lora")
 
 
 def load() -> dict[str, Operation]:

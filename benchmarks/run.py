@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15.0, help="timing of one case")
     parser.add_argument("--epochs", type=int, default=3, help="times to draw and allocate anew")
     parser.add_argument("--rounds", type=int, default=60, help="most rounds in an epoch")
+    parser.add_argument("--peer-path", action="append", default=[], help="folder of a peer's copy")
     parser.add_argument("--out", type=Path, help="results file to add to (JSON lines)")
     return parser.parse_args(argv)
 
@@ -40,6 +42,7 @@ def select(cases: list[Any], wanted: str) -> list[Any]:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
+    sys.path += options.peer_path
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     operations = registry.load()

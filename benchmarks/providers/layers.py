@@ -1,38 +1,47 @@
 """The floor, the frozen linear alone, and our own layer."""
 
 import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks.graphed import graphed
 from benchmarks.moe_lora import MOE_LORA, leaf
 from benchmarks.registry import AutogradStep
 from floe_kernels import functional
 from floe_kernels.testing.cases import MoELoRAInputs
 
 
-@MOE_LORA.provide("base", "PyTorch", role="base")
+def canonical(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name gradients of leaves in our own layout as the truth does."""
+    names = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "router": "drouter"}
+    return {names[name]: grad for name, grad in grads.items()}
+
+
+def base_truth(inputs: MoELoRAInputs) -> dict[str, Tensor]:
+    """Return the frozen linear and its input's gradient in float64."""
+    weight = inputs.weight.double()
+    return {"y": F.linear(inputs.x.double(), weight), "dx": inputs.grad_out.double() @ weight}
+
+
+@MOE_LORA.provide("base", "PyTorch", role="base", truth=base_truth)
 def base(inputs: MoELoRAInputs) -> AutogradStep:
     """The frozen linear and the gradient of its input: what no adapter can be faster than."""
-    x = leaf(inputs.x)
-    return AutogradStep(
-        lambda: F.linear(x, inputs.weight),
-        inputs.grad_out,
-        {"x": x},
-        lambda grads: {},
-        frozen=(inputs.weight,),
-    )
+    x, weight = leaf(inputs.x), inputs.weight
+    forward = lambda: F.linear(x, weight)  # noqa: E731
+    return AutogradStep(forward, inputs.grad_out, {"x": x}, canonical, frozen=(weight,))
 
 
-@MOE_LORA.provide("ours", "ours", role="ours")
 def ours(inputs: MoELoRAInputs) -> AutogradStep:
     """``functional.moe_lora_linear``: one operator, one backward operator."""
     case = inputs.case
     names = ("x", "lora_A", "lora_B", "router_weight")
     x, lora_A, lora_B, router = leaves = [leaf(getattr(inputs, n)) for n in names]
 
-    def forward():  # type: ignore[no-untyped-def]  # noqa: ANN202
-        return functional.moe_lora_linear(
+    def forward() -> Tensor:
+        result = functional.moe_lora_linear(
             x, inputs.weight, None, lora_A, lora_B, router, ranks=case.ranks, top_k=case.top_k,
             scaling=inputs.scaling, shared_A=case.shared_A,
-        ).out  # fmt: skip
+        )  # fmt: skip
+        return result.out
 
     return AutogradStep(
         forward,
@@ -43,7 +52,5 @@ def ours(inputs: MoELoRAInputs) -> AutogradStep:
     )
 
 
-def canonical(grads):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Name gradients of leaves in our own layout as the truth does."""
-    names = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "router": "drouter"}
-    return {names[name]: grad for name, grad in grads.items()}
+MOE_LORA.provide("ours", "ours", role="ours")(ours)
+MOE_LORA.provide("ours graphed", "ours, CUDA graph", role="ours", devices=("cuda",))(graphed(ours))

@@ -1,11 +1,12 @@
 """Loops over experts: what published implementations run today."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.moe_lora import MOE_LORA, leaf
-from benchmarks.providers.layers import canonical
 from benchmarks.registry import AutogradStep, Unavailable
 from floe_kernels.testing.cases import MoELoRACase, MoELoRAInputs
 
@@ -20,63 +21,72 @@ def route(logits: Tensor, case: MoELoRACase) -> tuple[Tensor, Tensor]:
     return logits.float().softmax(-1).topk(case.top_k, dim=-1)
 
 
-def expert_leaves(inputs: MoELoRAInputs) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Return leaves (x, router, shared A or nothing) and one A and one B per expert."""
-    case = inputs.case
-    As = [inputs.lora_A] if case.shared_A else inputs.lora_A.split(case.ranks)
-    Bs = inputs.lora_B.split(case.ranks)
-    return leaf(inputs.x), leaf(inputs.router_weight), None, [leaf(a) for a in As], [leaf(b) for b in Bs]  # type: ignore[return-value]
+class Loop:
+    """Leaves for a loop: one A (or a single shared one) and one B per expert."""
 
+    def __init__(self, inputs: MoELoRAInputs) -> None:
+        case = inputs.case
+        shared = [inputs.lora_A] * case.shared_A
+        self.inputs, self.x, self.router = inputs, leaf(inputs.x), leaf(inputs.router_weight)
+        self.As = [leaf(a) for a in shared or inputs.lora_A.split(case.ranks)]
+        self.Bs = [leaf(b) for b in inputs.lora_B.split(case.ranks)]
+        self.scales = [16.0 / max(1, r) for r in case.ranks]
 
-def step(inputs: MoELoRAInputs, forward, x, router, As, Bs) -> AutogradStep:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    leaves = {"x": x, "router": router}
-    leaves |= {f"A{e}": a for e, a in enumerate(As)} | {f"B{e}": b for e, b in enumerate(Bs)}
+    def route(self) -> tuple[Tensor, Tensor]:
+        """Return (gates, experts), logits in the dtype of x as the published code has them."""
+        return route(F.linear(self.x, self.router.to(self.x.dtype)), self.inputs.case)
 
-    def unpack(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        dA = torch.cat([grads[f"A{e}"] for e in range(len(As))])
-        dB = torch.cat([grads[f"B{e}"] for e in range(len(Bs))])
-        return canonical({"x": grads["x"], "router": grads["router"], "lora_A": dA, "lora_B": dB})
+    def step(self, forward: Callable[[], Tensor]) -> AutogradStep:
+        """Bind a forward function to the leaves."""
+        leaves = {"x": self.x, "router": self.router}
+        leaves |= {f"A{e}": a for e, a in enumerate(self.As)}
+        leaves |= {f"B{e}": b for e, b in enumerate(self.Bs)}
+        frozen = (self.inputs.weight,)
+        return AutogradStep(forward, self.inputs.grad_out, leaves, self.unpack, frozen)
 
-    return AutogradStep(forward, inputs.grad_out, leaves, unpack, frozen=(inputs.weight,))
+    def unpack(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put the experts' gradients side by side again."""
+        dA = torch.cat([grads[f"A{e}"] for e in range(len(self.As))])
+        dB = torch.cat([grads[f"B{e}"] for e in range(len(self.Bs))])
+        return {"dx": grads["x"], "drouter": grads["router"], "dA": dA, "dB": dB}
 
 
 @MOE_LORA.provide("expert loop", f"MoLA's {REWRITTEN}")
 def expert_loop(inputs: MoELoRAInputs) -> AutogradStep:
     """Gather each expert's tokens, run them through its pair of matrices, add them back."""
-    case = inputs.case
-    if case.shared_A:
+    if inputs.case.shared_A:
         raise Unavailable("MoLA has no shared A")
-    x, router, _, As, Bs = expert_leaves(inputs)
-    scales = [16.0 / max(1, r) for r in case.ranks]
+    loop = Loop(inputs)
+    x = loop.x
 
     def forward() -> Tensor:
         y = F.linear(x, inputs.weight)
-        gates, experts = route(F.linear(x, router.to(x.dtype)), case)
+        gates, experts = loop.route()
         gates = gates.to(x.dtype)
-        for e, (lora_A, lora_B) in enumerate(zip(As, Bs, strict=True)):
+        for e, (lora_A, lora_B) in enumerate(zip(loop.As, loop.Bs, strict=True)):
             token, slot = torch.where(experts == e)
             z = F.linear(x[token], lora_A.to(x.dtype))
-            delta = (z @ lora_B.to(x.dtype)) * scales[e] * gates[token, slot, None]
+            delta = (z @ lora_B.to(x.dtype)) * loop.scales[e] * gates[token, slot, None]
             y = y.index_add(0, token, delta)
         return y
 
-    return step(inputs, forward, x, router, As, Bs)
+    return loop.step(forward)
 
 
-@MOE_LORA.provide("dense loop", f"HydraLoRA's {REWRITTEN}")
+@MOE_LORA.provide("dense loop", f"HydraLoRA's {REWRITTEN}", slow=True)
 def dense_loop(inputs: MoELoRAInputs) -> AutogradStep:
     """Run every expert on every token, weighted by its gate, zero where it is not kept."""
-    case = inputs.case
-    x, router, _, As, Bs = expert_leaves(inputs)
-    scales = [16.0 / max(1, r) for r in case.ranks]
+    case, loop = inputs.case, Loop(inputs)
+    x = loop.x
 
     def forward() -> Tensor:
         y = F.linear(x, inputs.weight)
-        gates, experts = route(F.linear(x, router.to(x.dtype)), case)
+        gates, experts = loop.route()
         dense = gates.new_zeros(len(x), case.experts).scatter(1, experts, gates).to(x.dtype)
-        for e, lora_B in enumerate(Bs):
-            z = F.linear(x, As[0 if case.shared_A else e].to(x.dtype))
-            y = y + dense[:, e, None] * (z @ lora_B.to(x.dtype)) * scales[e]
+        for e, lora_B in enumerate(loop.Bs):
+            # a shared A is applied again for every head, as published
+            z = F.linear(x, loop.As[0 if case.shared_A else e].to(x.dtype))
+            y = y + dense[:, e, None] * (z @ lora_B.to(x.dtype)) * loop.scales[e]
         return y
 
-    return step(inputs, forward, x, router, As, Bs)
+    return loop.step(forward)
