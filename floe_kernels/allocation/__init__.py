@@ -19,7 +19,10 @@ from floe_kernels.allocation.knapsack import knapsack
 from floe_kernels.allocation.lora_smoe import lora_smoe, votes
 from floe_kernels.allocation.mola import mola
 from floe_kernels.allocation.plan import Placement, Plan
+from floe_kernels.allocation.rank_search import RankSearch
 from floe_kernels.allocation.refinement import Refinement, refine, removal_loss
+from floe_kernels.allocation.search_result import SearchResult, pareto_front
+from floe_kernels.allocation.search_space import ranks_by_depth
 from floe_kernels.allocation.stability import Stability, corrected_overlap, kendall_tau, stability
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ __all__ = [
     "POLICIES",
     "Placement",
     "Plan",
+    "RankSearch",
     "Refinement",
+    "SearchResult",
     "Stability",
     "adapter_parameters",
     "allocate_budget",
@@ -59,7 +64,9 @@ __all__ = [
     "layerif",
     "lora_smoe",
     "mola",
+    "pareto_front",
     "random",
+    "ranks_by_depth",
     "refine",
     "removal_loss",
     "stability",

@@ -32,7 +32,7 @@ def allocate_experts(
     The power rule of arXiv 2410.10054 with the largest-remainder method in place of rounding. Where
     ``hi`` cuts a share off, the rest is shared out again over the others. The shares are exact
     fractions; equal remainders go to the lower index; scores that are all zero (or among those
-    left) share equally. A larger score never gets fewer experts than a smaller one.
+    left) share equally. With beta > 0 a larger score never gets fewer experts than a smaller one.
 
     Args:
         scores: L finite numbers of at least 0; of a mapping, its values in order.
@@ -51,24 +51,25 @@ def allocate_experts(
         >>> allocate_experts([1.9, 2.1, 3.0, 4.2], 10, beta=2.5)
         [1, 1, 2, 6]
     """
-    weights = _weights(scores, beta)
+    checked = _checked(scores)
+    beta = finite(beta, "beta", least=0)
     total, lo = whole(total, "total"), whole(lo, "lo")
     room = None if hi is None else whole(hi, "hi") - lo
     if room is not None and room < 0:
         raise ValueError(f"hi must be at least lo = {lo}, got {hi}")
-    most = "any number" if hi is None else len(weights) * hi
-    if total < len(weights) * lo or (hi is not None and total > len(weights) * hi):
+    most = "any number" if hi is None else len(checked) * hi
+    if total < len(checked) * lo or (hi is not None and total > len(checked) * hi):
         raise ValueError(
-            f"total must be in L*lo..L*hi = {len(weights) * lo}..{most} for L = {len(weights)}, "
+            f"total must be in L*lo..L*hi = {len(checked) * lo}..{most} for L = {len(checked)}, "
             f"got {total}"
         )
-    if not weights:
+    if not checked:
         if total:
             raise ValueError(f"total must be 0 where there is nothing to share, got {total}")
         return []
-    shares = _shares(weights, total - lo * len(weights), room)
+    shares = _shares(checked, beta, total - lo * len(checked), room)
     extra = [int(share) for share in shares]
-    left = total - lo * len(weights) - sum(extra)
+    left = total - lo * len(checked) - sum(extra)
     by_remainder = sorted(range(len(shares)), key=lambda i: (extra[i] - shares[i], i))
     for i in by_remainder[:left]:
         extra[i] += 1
@@ -162,7 +163,7 @@ def allocate_budget(
     counts = shared(experts)
     # what the rule would give with the whole budget, to see who misses most
     room = None if hi is None else hi - lo
-    goal = _shares(_weights(values, beta), experts + len(members) * (1 - lo), room)
+    goal = _shares(values, beta, experts + len(members) * (1 - lo), room)
     return _fill(
         dict(zip(members, counts, strict=True)),
         dict(zip(members, goal, strict=True)),
@@ -172,26 +173,30 @@ def allocate_budget(
     )
 
 
-def _weights(scores: Sequence[float] | Mapping[str, float], beta: float) -> list[Fraction]:
+def _checked(scores: Sequence[float] | Mapping[str, float]) -> list[float]:
     named = scores.items() if isinstance(scores, Mapping) else enumerate(scores)
-    checked = [finite(score, f"the score of {name!r}", least=0) for name, score in named]
-    beta = finite(beta, "beta", least=0)
-    top = max(checked, default=0.0)
-    if beta == 1 or top == 0:
-        return [Fraction(s) for s in checked]
-    return [Fraction((s / top) ** beta) for s in checked]  # divided first: no power overflows
+    return [finite(score, f"the score of {name!r}", least=0) for name, score in named]
 
 
-def _shares(weights: Sequence[Fraction], total: int, room: int | None) -> list[Fraction]:
-    """Split ``total`` by weight, none above ``room``: clamp, and share the rest out again."""
-    shares = [Fraction(0)] * len(weights)
-    active = list(range(len(weights)))
+def _weights(scores: Sequence[float], beta: float) -> list[Fraction]:
+    top = max(scores)
+    if top == 0:
+        return [Fraction(1)] * len(scores)
+    if beta == 1:
+        return [Fraction(s) for s in scores]
+    return [Fraction((s / top) ** beta) for s in scores]  # divided first: no power overflows
+
+
+def _shares(scores: Sequence[float], beta: float, total: int, room: int | None) -> list[Fraction]:
+    """Split ``total`` by powers, none above ``room``: clamp, and share the rest out again."""
+    shares = [Fraction(0)] * len(scores)
+    active = list(range(len(scores)))
     rest = Fraction(total)
     while active:
-        mass = sum(weights[i] for i in active)
-        for i in active:
-            part = weights[i] / mass if mass else Fraction(1, len(active))
-            shares[i] = rest * part
+        weights = _weights([scores[i] for i in active], beta)
+        mass = sum(weights)
+        for i, weight in zip(active, weights, strict=True):
+            shares[i] = rest * weight / mass
         over = [i for i in active if room is not None and shares[i] > room]
         if room is None or not over:
             break

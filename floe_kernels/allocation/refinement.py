@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,16 +56,18 @@ def refine(
     """Exchange kept for removed layers while that lowers the loss estimated for the removal.
 
     The greedy mask rearrangement of arXiv 2204.09656, across layers and as swaps: kept
-    layers, the least important first, are offered for the removed one whose return gains most; an
-    exchange is made only if it gains, so ``removal_loss`` never rises. Equal gains go to the
-    earlier layer. Passes repeat until one changes nothing.
+    layers, the least important first, are offered for the removed one whose return gains most, and
+    exchanged if it gains. Where no exchange does, a chain of the best ones is tried, each layer
+    moving once, and cut where it stood best (Kernighan and Lin 1970): layers that cancel are
+    removed together or not at all. ``removal_loss`` never rises. Equal gains go to the earlier
+    layer.
 
     Args:
         gradients: N samples by L layers of finite numbers, the gate gradients.
         kept: Indices of the layers kept so far, each in 0..L-1.
         costs: L costs that the kept layers must pay from ``budget``; None = all the same.
         budget: What the kept layers may cost together; None = no bound.
-        passes: Most passes over the kept layers.
+        passes: Most passes over the kept layers; they end when one changes nothing.
 
     Returns:
         The refined choice, of the same size.
@@ -91,7 +94,7 @@ def refine(
     swapped = _Swaps(rows, start, costs, budget)
     swaps = 0
     for _ in range(whole(passes, "passes")):
-        made = swapped.one_pass()
+        made = swapped.greedy_pass() or swapped.chain_pass()
         swaps += made
         if not made:
             break
@@ -123,15 +126,41 @@ class _Swaps:
         self.room = None if budget is None else budget - sum(self.costs[i] for i in kept)
         self.least_gain = 1e-12 * max((self.fisher[i][i] for i in range(L)), default=0.0)
 
-    def one_pass(self) -> int:
+    def greedy_pass(self) -> int:
         made = 0
         for out in sorted(self.kept, key=lambda i: (self.fisher[i][i], i)):
-            gains = [(self.gain(out, back), -back) for back in self.removed if self.fits(out, back)]
-            gain, back = max(gains, default=(0.0, 0))
+            gain, back = self.best(out, self.removed)
             if gain > self.least_gain:
-                self.swap(out, -back)
+                self.swap(out, back)
                 made += 1
         return made
+
+    def chain_pass(self) -> int:
+        """Exchange the best pair again and again, gain or not; keep the chain's best start."""
+        chain: list[tuple[int, int]] = []
+        total, highest, length = 0.0, self.least_gain, 0
+        outs, backs = set(self.kept), set(self.removed)
+        while outs and backs:
+            offers = [(*self.best(out, sorted(backs)), out) for out in sorted(outs)]
+            gain, back, out = max(offers, key=lambda offer: offer[0])
+            if gain == -inf:
+                break
+            self.swap(out, back)
+            chain.append((out, back))
+            outs.remove(out)
+            backs.remove(back)
+            total += gain
+            if total > highest:
+                highest, length = total, len(chain)
+        for out, back in reversed(chain[length:]):
+            self.swap(back, out)
+        return length
+
+    def best(self, out: int, backs: list[int]) -> tuple[float, int]:
+        """Return the largest gain of exchanging ``out`` and the layer that returns for it."""
+        gains = [(self.gain(out, back), -back) for back in backs if self.fits(out, back)]
+        gain, back = max(gains, default=(-inf, 0))
+        return gain, -back
 
     def fits(self, out: int, back: int) -> bool:
         return self.room is None or self.costs[back] - self.costs[out] <= self.room

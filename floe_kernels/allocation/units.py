@@ -92,7 +92,8 @@ def unit_scores(
         ('layer', {'h0': 3.0})
     """
     layers = unit_members(modules, "layer")
-    keyed: Per = "module" if not scores or set(scores) - set(layers) else "layer"
+    hits = {"layer": sum(n in layers for n in scores), "module": sum(n in modules for n in scores)}
+    keyed: Per = "layer" if hits["layer"] >= max(1, hits["module"]) else "module"
     names = layers if keyed == "layer" else modules
     for name in scores:
         if name not in names:
