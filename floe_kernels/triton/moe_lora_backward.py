@@ -22,9 +22,10 @@ from floe_kernels.triton.launch import (
     as_dropout,
     block,
     column_experts,
+    gate_tile,
+    options,
     parts,
     rows_of,
-    shrink_tile,
     weight_tile,
 )
 from floe_kernels.triton.moe_lora_forward import Routed, update
@@ -52,7 +53,7 @@ def expert_picks(experts: Tensor, num_experts: int, mask: Tensor | None) -> Tens
     picks = experts.new_empty(triton.cdiv(n, rows), num_experts, dtype=torch.int32)
     expert_picks_kernel[(len(picks),)](
         experts, mask, picks, n, num_experts, K=k, HAS_MASK=mask is not None,
-        BLOCK_N=rows, BLOCK_E=block(num_experts, 1 << 16), num_warps=4,
+        BLOCK_N=rows, BLOCK_E=block(num_experts, 1 << 16), **options(),
     )  # fmt: skip
     return picks
 
@@ -82,7 +83,7 @@ def gate_gradients(
     owners = column_experts(ranks, dy.device)
     load = None if aux_coefs is None else expert_picks(saved.experts, e, mask)
     blocks = 0 if load is None else len(load)
-    tile = shrink_tile(dy, r)
+    tile = gate_tile(dy, r)
     block_e, block_k = block(e, 1 << 16), block(k, 1 << 16, 1)
     router = {
         "K": k, "RENORMALIZE": renormalize, "HAS_MASK": mask is not None,
@@ -90,7 +91,7 @@ def gate_gradients(
         "BLOCK_E": block_e, "BLOCK_K": block_k,
     }  # fmt: skip
     products = {"HAS_MASK": mask is not None, **arithmetic(dy)}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch = options(tile.warps, tile.stages)
     row_blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(o, tile.depth)
     fits = 0 < r <= tile.columns and e <= MOST_EXPERTS_IN_TILE and not shared_A
     if n >= SPLIT_BELOW and fits:
@@ -98,7 +99,7 @@ def gate_gradients(
             dy, lora_B, scaling, owners, mask, saved.z, saved.gates, saved.experts, saved.logits,
             aux_coefs, load, out.h, out.dz, out.dlogits, out.score,
             dy.stride(0), c + e, blocks, n, o, r, e, steps,
-            **{**router, **products}, **options,
+            **{**router, **products}, **launch,
             BLOCK_N=tile.rows, BLOCK_O=tile.depth, BLOCK_R=tile.columns,
         )  # fmt: skip
         return out
@@ -108,14 +109,14 @@ def gate_gradients(
     if column_blocks:
         gate_part_kernel[(row_blocks, column_blocks, split)](
             dy, lora_B, mask, part, dy.stride(0), n, o, r, triton.cdiv(steps, split),
-            **products, **options, BLOCK_N=tile.rows, BLOCK_O=tile.depth, BLOCK_R=tile.columns,
+            **products, **launch, BLOCK_N=tile.rows, BLOCK_O=tile.depth, BLOCK_R=tile.columns,
         )  # fmt: skip
     rows = max(1, min(16, 2048 // block_e))
     gate_parts_kernel[(triton.cdiv(n, rows),)](
         part, scaling, owners, mask, saved.z, saved.gates, saved.experts, saved.logits,
         aux_coefs, load, out.h, out.dz, out.dlogits, out.score,
         c + e, blocks, split, n, r, c, e, **router, SHARED=shared_A,
-        BLOCK_N=rows, BLOCK_C=block(c, 128), num_warps=4,
+        BLOCK_N=rows, BLOCK_C=block(c, 128), **options(),
     )  # fmt: skip
     return out
 
@@ -152,7 +153,7 @@ def weight_gradient(
             n, d, r, e, triton.cdiv(steps, split), HAS_G=has_g, HAS_G2=has_g2,
             HAS_MASK=mask is not None, DROPOUT=active, PARTS=split > 1, **arithmetic(x),
             BLOCK_N=tile.depth, BLOCK_D=tile.rows, BLOCK_R=tile.columns, BLOCK_E=block_e,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **options(tile.warps, tile.stages),
         )  # fmt: skip
 
     if r and router_blocks == 1:
@@ -166,7 +167,7 @@ def weight_gradient(
         size, size2 = r * d, e * d
         add_parts_kernel[(triton.cdiv(size + size2, 1024),)](
             part, out if out is not None else out2, out2 if out2 is not None else out,
-            split, size, size2, BLOCK=1024, num_warps=4,
+            split, size, size2, BLOCK=1024, **options(),
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from floe_kernels.triton.launch import (
     block,
     column_experts,
     expand_tile,
+    options,
     parts,
     rows_of,
     shrink_tile,
@@ -71,7 +72,7 @@ def shrink_and_route(
     tile, owners = shrink_tile(x, c), column_experts(ranks, x.device)
     block_e, block_k = block(e, MOST_EXPERTS_IN_TILE), block(top_k, 1 << 16, 1)
     products = {"HAS_MASK": mask is not None, "DROPOUT": dropout.active, **arithmetic(x)}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch = options(tile.warps, tile.stages)
     row_blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(i, tile.depth)
     drop = (dropout.threshold, dropout.keep_scale)
     routing = {"K": top_k, "RENORMALIZE": renormalize, "SHARED": shared_A, "BLOCK_K": block_k}
@@ -79,7 +80,7 @@ def shrink_and_route(
         shrink_route_kernel[(row_blocks,)](
             x, lora_A, router, scaling, owners, mask, dropout.seed,
             out.z, out.h, out.gates, out.experts, out.logits,
-            *drop, x.stride(0), n, i, r, c, e, steps, **routing, **products, **options,
+            *drop, x.stride(0), n, i, r, c, e, steps, **routing, **products, **launch,
             BLOCK_N=tile.rows, BLOCK_I=tile.depth, BLOCK_C=tile.columns, BLOCK_E=block_e,
         )  # fmt: skip
         return out
@@ -92,7 +93,7 @@ def shrink_and_route(
         shrink_part_kernel[(row_blocks, blocks, split)](
             x, lora_A, router, mask, dropout.seed, part,
             *drop, x.stride(0), n, i, c, e, each, HAS_A=has_A, HAS_ROUTER=has_router,
-            **products, **options,
+            **products, **launch,
             BLOCK_N=tile.rows, BLOCK_I=tile.depth, BLOCK_C=tile.columns, BLOCK_E=block_e,
         )  # fmt: skip
 
@@ -107,7 +108,7 @@ def shrink_and_route(
     route_parts_kernel[(triton.cdiv(n, rows),)](
         part, scaling, owners, mask, out.z, out.h, out.gates, out.experts, out.logits,
         split, n, r, c, e, **routing, HAS_A=c > 0, HAS_MASK=mask is not None,
-        BLOCK_N=rows, BLOCK_C=tile.columns, BLOCK_E=all_e, num_warps=4,
+        BLOCK_N=rows, BLOCK_C=tile.columns, BLOCK_E=all_e, **options(),
     )  # fmt: skip
     return out
 
@@ -137,7 +138,7 @@ def update(
         left.stride(0), left2.stride(0) if left2 is not None else 0, n, o, r, e,
         HAS_BASE=base is not None, HAS_SECOND=second, DROPOUT=active, **arithmetic(left),
         BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_R=tile.depth, BLOCK_E=block(e, 64),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **options(tile.warps, tile.stages),
     )  # fmt: skip
     return out
 

@@ -45,7 +45,7 @@ def _expand_transposed(
             other=0.0,
         )
         b = tl.load(
-            lora_B_ptr + r[None, :] * O + o[:, None],
+            lora_B_ptr + r[None, :].to(tl.int64) * O + o[:, None],
             mask=in_r[None, :] & in_o[:, None],
             other=0.0,
         )
@@ -64,27 +64,32 @@ def _columns_backward(
     z_ptr,
     h_ptr,
     dz_ptr,
-    n,
+    first,
     r,
     dz_stride_n,
     N,
     R,
     K: tl.constexpr,
 ):
-    """Store h and dz of some columns and return the gates' gradient with their share in it."""
+    """Store h and dz of some columns and return the gates' gradient with their share in it.
+
+    Within the tile offsets are int32 from its first row: as int64 they spill (sm_90, 128 columns).
+    """
+    t = tl.arange(0, gates.shape[0])
     in_r = r < R
-    in_nr = (n < N)[:, None] & in_r[None, :]
+    in_nr = (first + t < N)[:, None] & in_r[None, :]
+    packed = t[:, None] * R + r[None, :]
     kept = tl.arange(0, gates.shape[1])
     scaling = tl.load(scaling_ptr + r, mask=in_r, other=0.0).to(tl.float32)
     column_expert = tl.load(column_expert_ptr + r, mask=in_r, other=-1)
-    z = tl.load(z_ptr + n[:, None] * R + r[None, :], mask=in_nr, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + first * R + packed, mask=in_nr, other=0.0).to(tl.float32)
     gate = column_gates(gates, experts, column_expert, K)
     # where an expert was not kept z may be unwritten: selected away, not multiplied by zero
     z = tl.where(gate != 0.0, scaling[None, :] * z, 0.0)
     h = gate * z
     dz = gate * scaling[None, :] * u
-    tl.store(h_ptr + n[:, None] * R + r[None, :], h.to(h_ptr.dtype.element_ty), mask=in_nr)
-    out = dz_ptr + n[:, None] * dz_stride_n + r[None, :]
+    tl.store(h_ptr + first * R + packed, h.to(h_ptr.dtype.element_ty), mask=in_nr)
+    out = dz_ptr + first * dz_stride_n + (t[:, None] * dz_stride_n + r[None, :])
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=in_nr)
     zu = z * u
     for k in range(K):
@@ -211,8 +216,9 @@ def gate_kernel(
     BLOCK_K: tl.constexpr,  # power of two >= K
 ):
     """Differentiate BLOCK_N tokens' gates with every column in one tile."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
     u = _expand_transposed(
         dy_ptr, lora_B_ptr, token_mask_ptr, n, r, 0, steps, dy_stride_n, N, O, R,
         HAS_MASK, PRECISION, WIDEN, BLOCK_O,
@@ -220,8 +226,8 @@ def gate_kernel(
     gates, experts = _load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
     grad_gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     grad_gates = _columns_backward(
-        u, grad_gates, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, dz_ptr, n, r,
-        dz_stride_n, N, R, K,
+        u, grad_gates, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, dz_ptr,
+        first, r, dz_stride_n, N, R, K,
     )  # fmt: skip
     _router_backward(
         grad_gates, gates, experts, logits_ptr, aux_coefs_ptr, load_ptr, token_mask_ptr,
@@ -250,7 +256,7 @@ def gate_part_kernel(
 ):
     """Write one part of u, for few tokens or for columns too many for one tile."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
     u = _expand_transposed(
         dy_ptr, lora_B_ptr, token_mask_ptr, n, r, part * steps, steps, dy_stride_n, N, O, R,
@@ -295,12 +301,13 @@ def gate_parts_kernel(
     BLOCK_K: tl.constexpr,  # power of two >= K
 ):
     """Add the parts in order, then do as :func:`gate_kernel` does."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
     in_n = n < N
     gates, experts = _load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
     grad_gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for block in range(tl.cdiv(C, BLOCK_C)):
-        c = tl.arange(0, BLOCK_C).to(tl.int64) + block * BLOCK_C
+        c = tl.arange(0, BLOCK_C) + block * BLOCK_C
         in_c = c < C
         in_nc = in_n[:, None] & in_c[None, :]
         if SHARED:
@@ -329,7 +336,7 @@ def gate_parts_kernel(
                 u += tl.load(part_ptr + row[:, None] + c[None, :], mask=in_nc, other=0.0)
             grad_gates = _columns_backward(
                 u, grad_gates, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr,
-                dz_ptr, n, c, dz_stride_n, N, R, K,
+                dz_ptr, first, c, dz_stride_n, N, R, K,
             )  # fmt: skip
     _router_backward(
         grad_gates, gates, experts, logits_ptr, aux_coefs_ptr, load_ptr, token_mask_ptr,

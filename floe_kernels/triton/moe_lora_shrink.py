@@ -55,14 +55,14 @@ def _products(
         )
         if HAS_ROUTER:
             w = tl.load(
-                router_ptr + e[None, :] * I + i[:, None],
+                router_ptr + (e[None, :].to(tl.int64) * I + i[:, None]),
                 mask=in_e[None, :] & in_i[:, None],
                 other=0.0,
             )
             logits = dot_exact(x, w, logits, PRECISION, WIDEN)
         if HAS_A:
             a = tl.load(
-                lora_A_ptr + c[None, :] * I + i[:, None],
+                lora_A_ptr + (c[None, :].to(tl.int64) * I + i[:, None]),
                 mask=in_c[None, :] & in_i[:, None],
                 other=0.0,
             )
@@ -113,7 +113,7 @@ def _store_z_and_h(
     column_expert_ptr,
     z_ptr,
     h_ptr,
-    n,
+    first,
     c,
     in_c,
     N,
@@ -124,9 +124,11 @@ def _store_z_and_h(
     SHARED: tl.constexpr,
 ):
     """Narrow z, then scale and mask what was narrowed: the backward will read the same numbers."""
-    in_nc = (n < N)[:, None] & in_c[None, :]
+    t = tl.arange(0, z.shape[0])  # int32 within the tile: int64 offsets take twice the registers
+    in_nc = (first + t < N)[:, None] & in_c[None, :]
     z = z.to(z_ptr.dtype.element_ty)
-    tl.store(z_ptr + n[:, None] * C + c[None, :], z, mask=in_nc)
+    tl.store(z_ptr + first * C + (t[:, None] * C + c[None, :]), z, mask=in_nc)
+    packed = h_ptr + first * R + t[:, None] * R
     wide = z.to(tl.float32)
     if SHARED:
         for expert in range(E):
@@ -134,13 +136,13 @@ def _store_z_and_h(
             column = c + expert * C
             scaling = tl.load(scaling_ptr + column, mask=in_c, other=0.0).to(tl.float32)
             h = (scaling[None, :] * gate[:, None] * wide).to(z.dtype)
-            tl.store(h_ptr + n[:, None] * R + column[None, :], h, mask=in_nc)
+            tl.store(packed + column[None, :], h, mask=in_nc)
     else:
         scaling = tl.load(scaling_ptr + c, mask=in_c, other=0.0).to(tl.float32)
         column_expert = tl.load(column_expert_ptr + c, mask=in_c, other=-1)
         gate = column_gates(gates, experts, column_expert, K)
         h = (scaling[None, :] * gate * wide).to(z.dtype)
-        tl.store(h_ptr + n[:, None] * R + c[None, :], h, mask=in_nc)
+        tl.store(packed + c[None, :], h, mask=in_nc)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -180,9 +182,10 @@ def shrink_route_kernel(
     BLOCK_K: tl.constexpr,  # power of two >= K
 ):
     """Do all that comes before lora_B for BLOCK_N tokens and every column."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
-    e = tl.arange(0, BLOCK_E).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C)
+    e = tl.arange(0, BLOCK_E)
     z, logits = _products(
         x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, n, c, e, c < C, e < E, 0, steps,
         threshold, keep_scale, x_stride_n, N, I, True, True, HAS_MASK, DROPOUT, PRECISION, WIDEN,
@@ -193,7 +196,7 @@ def shrink_route_kernel(
         K, RENORMALIZE, HAS_MASK, BLOCK_K,
     )  # fmt: skip
     _store_z_and_h(
-        z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, n, c, c < C, N, R, C, E,
+        z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C, N, R, C, E,
         K, SHARED,
     )  # fmt: skip
 
@@ -228,9 +231,9 @@ def shrink_part_kernel(
     """Write one part of the sums over I, for few tokens or for columns too many for one tile."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     block, part = tl.program_id(1), tl.program_id(2)
-    c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     # beside lora_A the router is one block's work; alone it is as many blocks as it needs
-    e = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
     in_c = c < C
     in_e = e < E
     if HAS_A:
@@ -276,8 +279,9 @@ def route_parts_kernel(
     BLOCK_K: tl.constexpr,  # power of two >= K
 ):
     """Add the parts in order, then route and mask as :func:`shrink_route_kernel` does."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
     in_ne = (n < N)[:, None] & (e < E)[None, :]
     logits = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for part in range(P):
@@ -289,13 +293,13 @@ def route_parts_kernel(
     )  # fmt: skip
     if HAS_A:
         for block in range(tl.cdiv(C, BLOCK_C)):
-            c = tl.arange(0, BLOCK_C).to(tl.int64) + block * BLOCK_C
+            c = tl.arange(0, BLOCK_C) + block * BLOCK_C
             in_nc = (n < N)[:, None] & (c < C)[None, :]
             z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
             for part in range(P):
                 row = (n + part * N) * (C + E)
                 z += tl.load(part_ptr + row[:, None] + c[None, :], mask=in_nc, other=0.0)
             _store_z_and_h(
-                z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, n, c, c < C,
+                z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C,
                 N, R, C, E, K, SHARED,
             )  # fmt: skip

@@ -38,46 +38,50 @@ def rank_update_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Update one tile; its product stays in float32 until it is added."""
+    """Update one tile; its product stays in float32 until it is added.
+
+    Within the tile offsets are int32 from its first row, which halves the registers they take.
+    """
     # neighbouring programs share rows: left is read from L2 for all but one of them
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    in_n = n < N
+    first = tl.program_id(1).to(tl.int64) * BLOCK_N
+    t = tl.arange(0, BLOCK_N)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    in_n = first + t < N
     in_o = o < O
     acc = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for block in range(tl.cdiv(R, BLOCK_R)):
-        r = tl.arange(0, BLOCK_R).to(tl.int64) + block * BLOCK_R
+        r = tl.arange(0, BLOCK_R) + block * BLOCK_R
         left = tl.load(
-            left_ptr + n[:, None] * left_stride_n + r[None, :],
+            left_ptr + first * left_stride_n + (t[:, None] * left_stride_n + r[None, :]),
             mask=in_n[:, None] & (r < R)[None, :],
             other=0.0,
         )
         right = tl.load(
-            right_ptr + r[:, None] * O + o[None, :],
+            right_ptr + (r[:, None].to(tl.int64) * O + o[None, :]),
             mask=(r < R)[:, None] & in_o[None, :],
             other=0.0,
         )
         acc = dot(left, right.to(left.dtype), acc, PRECISION, WIDEN)
     if DROPOUT:
-        kept = kept_elements(n[:, None] * O + o[None, :], tl.load(seed_ptr), threshold)
+        kept = kept_elements((first + t)[:, None] * O + o[None, :], tl.load(seed_ptr), threshold)
         acc = tl.where(kept, acc * keep_scale, 0.0)
     if HAS_SECOND:
         for block in range(tl.cdiv(E, BLOCK_E)):
-            e = tl.arange(0, BLOCK_E).to(tl.int64) + block * BLOCK_E
+            e = tl.arange(0, BLOCK_E) + block * BLOCK_E
             left2 = tl.load(
-                left2_ptr + n[:, None] * left2_stride_n + e[None, :],
+                left2_ptr + first * left2_stride_n + (t[:, None] * left2_stride_n + e[None, :]),
                 mask=in_n[:, None] & (e < E)[None, :],
                 other=0.0,
             )
             right2 = tl.load(
-                right2_ptr + e[:, None] * O + o[None, :],
+                right2_ptr + (e[:, None].to(tl.int64) * O + o[None, :]),
                 mask=(e < E)[:, None] & in_o[None, :],
                 other=0.0,
             )
             acc = dot(left2, right2.to(left2.dtype), acc, PRECISION, WIDEN)
     in_no = in_n[:, None] & in_o[None, :]
     if HAS_BASE:
-        base = base_ptr + n[:, None] * base_stride_n + o[None, :]
+        base = base_ptr + first * base_stride_n + (t[:, None] * base_stride_n + o[None, :])
         acc += tl.load(base, mask=in_no, other=0.0).to(tl.float32)
-    out = out_ptr + n[:, None] * out_stride_n + o[None, :]
+    out = out_ptr + first * out_stride_n + (t[:, None] * out_stride_n + o[None, :])
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_no)

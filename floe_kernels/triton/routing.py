@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from floe_kernels.triton.launch import options
+from floe_kernels.triton.tiles import select_experts
+
 
 @triton.jit
 def _topk_softmax_kernel(
@@ -35,26 +38,11 @@ def _topk_softmax_kernel(
     # padding experts must lose every round; padding tokens may hold anything finite
     z = tl.where(e[None, :] < E, z.to(ACC), float("-inf"))  # (BLOCK_N, BLOCK_E)
 
-    top_z = tl.max(z, axis=1)
-    total = tl.sum(tl.exp(z - top_z[:, None]), axis=1)  # over all experts, before any leaves
-    best_z = tl.full((BLOCK_N, BLOCK_K), float("-inf"), ACC)
-    best_e = tl.zeros((BLOCK_N, BLOCK_K), tl.int64)
-    for k in tl.static_range(K):
-        top, arg = tl.max(z, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        best_z = tl.where(kept[None, :] == k, top[:, None], best_z)
-        best_e = tl.where(kept[None, :] == k, arg[:, None].to(tl.int64), best_e)
-        z = tl.where(e[None, :] == arg[:, None], float("-inf"), z)  # out of the next round
-
-    # padding columns of best_z are -inf and weigh exp(-inf) = 0
-    w = tl.exp(best_z - top_z[:, None])
-    if RENORMALIZE:
-        total = tl.sum(w, axis=1)
-    gates = w / total[:, None]
-
+    gates, best_e = select_experts(z, E, K, RENORMALIZE, BLOCK_K)
     out = n[:, None] * K + kept[None, :]
     mask = in_n[:, None] & (kept[None, :] < K)
     tl.store(gates_ptr + out, gates.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(experts_ptr + out, best_e, mask=mask)
+    tl.store(experts_ptr + out, best_e.to(tl.int64), mask=mask)
 
 
 def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -72,6 +60,6 @@ def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Ten
             logits, gates, experts, logits.stride(0), n, e,
             K=k, RENORMALIZE=renormalize,
             ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
-            BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(k),
+            BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(k), **options(),
         )  # fmt: skip
     return gates, experts
