@@ -1,5 +1,6 @@
 """How wrong each provider is: relative Frobenius error against float64, before it is timed."""
 
+import statistics
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +52,10 @@ class Checker:
         self.truth = op.truth(self.inputs)
         rounding = ROUNDING * torch.finfo(case.dtype).eps  # type: ignore[attr-defined]
         plain = op.yardstick(self.inputs)
-        self.allowed = {
-            name: FACTOR * relative_error(plain[name], value) + rounding
-            for name, value in self.truth.items()
-        }
+        plain_errors = {n: relative_error(plain[n], value) for n, value in self.truth.items()}
+        # plain PyTorch may be exact by luck in one small result: not less than its usual error
+        usual = statistics.median(plain_errors.values())
+        self.allowed = {n: FACTOR * max(e, usual) + rounding for n, e in plain_errors.items()}
 
     def verdict(self, provider: Provider) -> Verdict:
         """Run the provider once and judge every result it gives."""

@@ -120,7 +120,10 @@ class Operation:
 
 OPERATIONS: dict[str, Operation] = {}
 #: Modules whose import fills ``OPERATIONS``, in the order tables show providers.
-PROVIDERS = ("layers", "dense_cat", "grouped_mm", "scattermoe", "loops", "peft_lora")
+PROVIDERS = (
+    "layers", "dense_cat", "grouped_mm", "scattermoe", "loops", "peft_lora",
+    "fisher_torch", "fisher_hooks", "grad_square",
+)  # fmt: skip
 
 
 def load() -> dict[str, Operation]:

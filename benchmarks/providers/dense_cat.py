@@ -20,14 +20,6 @@ from benchmarks.registry import AutogradStep
 from floe_kernels.testing.cases import MoELoRACase, MoELoRAInputs
 
 
-def on_columns(case: MoELoRACase, numbers: Tensor, scaling: Tensor, ones: Tensor) -> Tensor:
-    """Return each column's share (T, R) of per-expert numbers (T, E), times its scaling."""
-    rank = case.equal_rank
-    if rank:
-        return (numbers * scaling[0])[:, :, None].expand(-1, -1, rank).reshape(len(numbers), -1)
-    return numbers @ ones  # scaling on each expert's columns, zero elsewhere
-
-
 def spread(case: MoELoRACase, gates: Tensor, z: Tensor, scaling: Tensor, ones: Tensor) -> Tensor:
     """Return h (T, R): z times its column's gate and scaling, zero for experts not kept."""
     rank = case.equal_rank
@@ -51,13 +43,15 @@ def forward(
     lora_B: Tensor,
     scaling: Tensor,
     ones: Tensor,  # (E, R)
+    in_place: bool = True,
 ) -> Tensor:
-    """Compute the layer."""
+    """Compute the layer; not in place for vmap, which has no rule for addmm_."""
     y = F.linear(x, weight)
     z, logits = F.linear(x, shrink.to(x.dtype)).split([len(shrink) - case.experts, case.experts], 1)
     gates = routed(case, logits)[2]
     h = spread(case, gates, z, scaling, ones)
-    return y.addmm_(h, lora_B.to(x.dtype))
+    lora_B = lora_B.to(x.dtype)
+    return y.addmm_(h, lora_B) if in_place else y.addmm(h, lora_B)
 
 
 class ByHand(torch.autograd.Function):
@@ -97,18 +91,16 @@ class ByHand(torch.autograd.Function):
             p = logits.float().softmax(-1)
             dense = torch.zeros_like(gates).scatter_(1, experts, dkept)
             dlogits = p * (dense - (p * dense).sum(-1, keepdim=True))
-        dz = spread(case, gates, u, scaling, ones) if not case.shared_A else on_shared(case, gates, u, scaling)
+        if case.shared_A:  # the experts' columns meet in the one z
+            weights = (gates * scaling[0]).to(u.dtype)[:, :, None]
+            dz = (u.view(len(u), case.experts, -1) * weights).sum(1)
+        else:
+            dz = spread(case, gates, u, scaling, ones)
         dzl = torch.cat([dz, dlogits.to(x.dtype)], 1)
         dx = (dy @ weight).addmm_(dzl, shrink.to(x.dtype))
         h = spread(case, gates, z, scaling, ones)
         dshrink, dB = (dzl.T @ x).to(shrink.dtype), (h.T @ dy).to(lora_B.dtype)
         return None, dx, None, dshrink, dB, None, None
-
-
-def on_shared(case: MoELoRACase, gates: Tensor, u: Tensor, scaling: Tensor) -> Tensor:
-    """Return the gradient of a shared z (T, r): the experts' columns summed."""
-    blocks = u.view(len(u), case.experts, -1)
-    return (blocks * (gates * scaling[0]).to(u.dtype)[:, :, None]).sum(1)
 
 
 @cache

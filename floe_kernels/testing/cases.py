@@ -281,3 +281,77 @@ def fisher_cases() -> list[MoELoRACase]:
         _fisher("routed-r16-len8", 8, 16, 128, 8, "routed"),
     ]
     return list(itertools.chain.from_iterable(lists))
+
+
+@dataclass(frozen=True)
+class GradSquareCase:
+    """One linear map's output gradient and input, cut into samples."""
+
+    name: str
+    tokens: int
+    inputs: int  #: D, columns of the weight
+    columns: int  #: R, rows of the weight
+    samples: int
+    dtype: torch.dtype = torch.bfloat16
+    ragged: bool = False  #: samples of unequal length, the first one empty
+    tags: frozenset[str] = frozenset()
+
+
+class GradSquareInputs(NamedTuple):
+    """Random tensors for one case."""
+
+    case: GradSquareCase
+    g: Tensor  #: ``(T, R)``
+    x: Tensor  #: ``(T, D)``
+    offsets: Tensor  #: ``(samples + 1,)`` int64
+
+
+def grad_square_inputs(
+    case: GradSquareCase, device: str | torch.device = "cpu", seed: int = 0
+) -> GradSquareInputs:
+    """Draw inputs of unit scale.
+
+    Args:
+        case: What to draw.
+        device: Where; the numbers come from that device's generator.
+        seed: Of the generator.
+
+    Returns:
+        The tensors.
+
+    Example:
+        >>> case = GradSquareCase("tiny", 10, 8, 2, 3, ragged=True)
+        >>> grad_square_inputs(case).offsets
+        tensor([ 0,  0,  1, 10])
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    g, x = (
+        torch.randn(case.tokens, width, generator=generator, device=device).to(case.dtype)
+        for width in (case.columns, case.inputs)
+    )
+    power = 2 if case.ragged else 1  # lengths that grow from sample to sample
+    bounds = [int(case.tokens * (i / case.samples) ** power) for i in range(case.samples + 1)]
+    bounds[1] = 0 if case.ragged else bounds[1]
+    bounds[-1] = case.tokens
+    return GradSquareInputs(case, g, x, torch.tensor(bounds, device=device))
+
+
+def grad_square_cases() -> list[GradSquareCase]:
+    """Return every case of the fused weight gradient and square."""
+    cases = [
+        GradSquareCase(
+            f"r{rank}-len{length}-{label}",
+            8192,
+            2048,
+            rank,
+            8192 // length,
+            dtype,
+            tags=frozenset(["quick"] * (rank == 16 and length in (32, 512)) + ["gpu"]),
+        )
+        for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
+        for rank in (16, 64)
+        for length in (512, 128, 32, 8)
+    ]
+    ragged = dataclasses.replace(cases[0], name="r16-ragged-bf16", samples=100, ragged=True)
+    wide = dataclasses.replace(cases[1], name="r128-len128-bf16", columns=128)
+    return [*cases, ragged, wide]
