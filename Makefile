@@ -38,7 +38,7 @@ demo: $(STAMPS)/demo $(BUILT)  ## the main job on a real model: FLoE from scores
 	$(BIN)/floe demo $(ARGS)
 
 test: $(BUILT)  ## every test; ARGS="-k routing" for some of them
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --timeout=600 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --timeout=600 $(ARGS)
 
 dev: $(BUILT)  ## the environment alone, editable, with every tool
 	@echo "ready: source $(BIN)/activate"
