@@ -1,0 +1,83 @@
+"""Which commands there are, and how all of them fail."""
+
+import signal
+import threading
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import typer
+from rich.console import Console
+
+from floe_kernels.cli import bench, demo, evaluate, info, plan, score, show, train, tune
+from floe_kernels.cli.arguments import AskedWrongly
+
+# click's, which newer typers bring themselves
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="floe",
+    help="Find out which layers of a language model deserve experts, and train them (FLoE). "
+    "--debug anywhere shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for module in (tune, score, plan, train, evaluate, show, info, bench, demo):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows ``floe``.
+
+    Returns:
+        The exit code; see :func:`floe_kernels.cli.main`.
+    """
+    debug = "--debug" in arguments
+    rest = [argument for argument in arguments if argument != "--debug"]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(rest, prog_name="floe", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except USAGE_ERROR as error:
+        message = str(getattr(error, "format_message", error.__str__)())
+        return _fail(f"{message} (floe {' '.join(rest[:1])} --help lists what there is)", 2, debug)
+    except AskedWrongly as error:
+        return _fail(str(error), 2, debug)
+    except (ValueError, ArithmeticError, ImportError, OSError) as error:
+        return _fail(sentence(error), 1, debug)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _fail(f"unexpected {what} (--debug shows where)", 1, debug)
+
+
+def sentence(error: BaseException) -> str:
+    """Put an error in one line.
+
+    Example:
+        >>> sentence(FileNotFoundError(2, "No such file or directory", "data.json"))
+        'data.json: No such file or directory'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(f"error: {message}")
+    return code
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,132 @@
+"""What a run trains on and what it holds out, ready as token ids."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from floe_kernels.pipeline.data import (
+    FORMS,
+    read_records,
+    read_text,
+    split_records,
+    split_text,
+)
+from floe_kernels.pipeline.encoding import Samples, draw, encode_records, encode_texts
+from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.stdlib_text import stdlib_text
+
+STDLIB = "stdlib"
+CHARS_PER_TOKEN = 4  # of code; more than it has, so that there is enough
+STDLIB_TOKENS = 400_000  # where --max-samples sets no bound
+
+
+class Dataset(NamedTuple):
+    """The two sides of a run's data."""
+
+    train: Samples
+    held_out: Samples
+    pad: int  #: token id that fills up batches
+    notes: list[str]  #: what a user should know
+
+    def facts(self) -> dict[str, str]:
+        """Return what a resumed run must find unchanged."""
+        return {"training data": self.train.digest(), "held-out data": self.held_out.digest()}
+
+
+def load_dataset(options: Options, tokenizer: Any, *, most_tokens: int | None = None) -> Dataset:
+    """Read, split and encode what ``options.data`` and ``options.held_out`` name.
+
+    Records are split by question, a text at its end, the standard library by module.
+
+    Args:
+        options: Of the run.
+        tokenizer: The model's.
+        most_tokens: Longest sequence that the model takes; None means any.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: A file is malformed, or an option does not fit.
+        OSError: A file cannot be read.
+    """
+    if most_tokens is not None and options.length > most_tokens:
+        raise ValueError(
+            f"--length must be at most {most_tokens}, the model's longest sequence, "
+            f"got {options.length}"
+        )
+    notes: list[str] = []
+    if options.data == STDLIB:
+        train, held_out = _stdlib(options, tokenizer)
+    elif options.held_out:
+        train = _encode(options.data, tokenizer, options.length, notes)
+        held_out = _encode(options.held_out, tokenizer, options.length, notes)
+    else:
+        train, held_out = _split(options, tokenizer, notes)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Dataset(
+        draw(train, options.max_samples, options.seed, "training samples"),
+        draw(held_out, options.eval_samples, options.seed, "held-out samples"),
+        pad or 0,
+        notes,
+    )
+
+
+def check_data(options: Options) -> None:
+    """Read the data files once, so that a mistake in them shows before a model is loaded.
+
+    Args:
+        options: Of the run.
+
+    Raises:
+        ValueError: A file is malformed, or none is named.
+        OSError: A file cannot be read.
+    """
+    if not options.data:
+        raise ValueError("--data must name a .jsonl, .json or .txt file, or stdlib, got nothing")
+    for name in {options.data, options.held_out} - {STDLIB, ""}:
+        path = _path(name)
+        read_text(path) if path.suffix == ".txt" else read_records(path)
+
+
+def _path(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in FORMS:
+        raise ValueError(
+            f"data must be a file ending in {', '.join(FORMS)}, or stdlib, got {name!r}"
+        )
+    return path
+
+
+def _encode(name: str, tokenizer: Any, length: int, notes: list[str]) -> Samples:
+    path = _path(name)
+    if path.suffix == ".txt":
+        return encode_texts([read_text(path)], tokenizer, length)
+    samples, cut = encode_records(read_records(path), tokenizer, length)
+    _note_cut(cut, len(samples), length, path.name, notes)
+    return samples
+
+
+def _split(options: Options, tokenizer: Any, notes: list[str]) -> tuple[Samples, Samples]:
+    path, length = _path(options.data), options.length
+    if path.suffix == ".txt":
+        texts = split_text(read_text(path), options.held_out_fraction)
+        train, held_out = (encode_texts([text], tokenizer, length) for text in texts)
+        return train, held_out
+    parts = split_records(read_records(path), options.held_out_fraction, options.seed)
+    encoded = [encode_records(part, tokenizer, length) for part in parts]
+    cut, total = sum(cut for _, cut in encoded), sum(len(samples) for samples, _ in encoded)
+    _note_cut(cut, total, length, path.name, notes)
+    return encoded[0][0], encoded[1][0]
+
+
+def _note_cut(cut: int, total: int, length: int, name: str, notes: list[str]) -> None:
+    if cut:
+        notes.append(f"{cut} of {total} samples in {name} were cut to {length} tokens (--length)")
+
+
+def _stdlib(options: Options, tokenizer: Any) -> tuple[Samples, Samples]:
+    wanted = options.max_samples * options.length or STDLIB_TOKENS
+    kept = options.eval_samples * options.length or STDLIB_TOKENS // 4
+    text = stdlib_text(CHARS_PER_TOKEN * wanted, CHARS_PER_TOKEN * kept, options.seed)
+    train = encode_texts(text.train, tokenizer, options.length)
+    return train, encode_texts(text.held_out, tokenizer, options.length)

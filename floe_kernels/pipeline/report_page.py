@@ -1,0 +1,35 @@
+"""The frame of a report: its style, and where things go."""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+  max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; margin-bottom: 0; }}
+h2 {{ font-size: 1.15rem; margin-top: 2.5rem; border-bottom: 2px solid #0b6e4f; }}
+.where {{ color: #555; margin-top: 0.25rem; }}
+svg {{ width: 100%; height: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 0.875rem; margin: 1rem 0; }}
+th, td {{ text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd;
+  overflow-wrap: anywhere; vertical-align: top; }}
+th {{ border-bottom: 2px solid #888; }}
+.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
+pre {{ background: #f4f6f5; padding: 0.8rem; overflow-x: auto; font-size: 0.875rem; }}
+@media print {{
+  body {{ font-size: 11pt; margin: 0; max-width: none; }}
+  svg, table, pre {{ break-inside: avoid; }}
+  h2 {{ break-after: avoid; }}
+}}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="where">{where}</p>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,196 @@
+"""FLoE from end to end: which rank, which layers, and the adapter that follows."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from floe_kernels.allocation import Plan, random, uniform
+from floe_kernels.integrations.transformers import load_adapter
+from floe_kernels.pipeline.datasets import check_data, load_dataset
+from floe_kernels.pipeline.evaluation import Evaluation, evaluate
+from floe_kernels.pipeline.machine import describe_machine
+from floe_kernels.pipeline.models import load_model
+from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.progress import SILENT, Progress
+from floe_kernels.pipeline.report import check_plots, write_report
+from floe_kernels.pipeline.runs import Run, open_run
+from floe_kernels.pipeline.score_file import ScoreFile
+from floe_kernels.pipeline.workbench import SHORT, Workbench
+
+FLOE, ALL, RANDOM = "floe", "all", "random"
+
+
+def tune(run: Run, options: Options, progress: Progress = SILENT) -> None:
+    r"""Search for the rank, score and choose the layers, train the sparse model, evaluate it.
+
+    After FLoE (arXiv 2506.00495), in the order: rank search on a small split with all layers
+    adapted; warm-up, only where the score needs it; per-sample Fisher scores; selection and
+    refinement; training of the chosen layers from fresh adapters; evaluation on held-out data.
+    With ``options.compare`` all layers, and as many drawn by chance, are trained the same way.
+    Every step that is finished stays finished when the run is resumed.
+
+    Leaves ``plan.json``, ``adapter/``, ``history.jsonl`` and ``report.html`` in the run's folder.
+
+    Args:
+        run: The folder, open.
+        options: What to do.
+        progress: Watches.
+
+    Raises:
+        ValueError: Options, data or model do not fit.
+        OSError: A file cannot be read or written.
+        ImportError: An optional package is missing.
+    """
+    check_plots()
+    check_data(options)
+    bench = open_bench(run, options, progress)
+    rank = find_rank(bench)
+    train_all(bench, rank)
+    write_report(run)
+
+
+def train_plan(run: Run, options: Options, plan: Plan, progress: Progress = SILENT) -> None:
+    """Train the adapters that a plan places, evaluate them, and report.
+
+    Args:
+        run: The folder, open.
+        options: What to do.
+        plan: Where experts go, of which rank.
+        progress: Watches.
+
+    Raises:
+        ValueError: Options, data, plan or model do not fit.
+        OSError: A file cannot be read or written.
+        ImportError: An optional package is missing.
+    """
+    check_plots()
+    check_data(options)
+    run.pin(plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:SHORT])
+    bench = open_bench(run, options, progress)
+    progress.say(f"held-out loss of the base: {bench.base_loss():.4f}")
+    if "plan" not in run.state:
+        plan.save(run.folder / "plan.json")
+        run.finish("plan", {"layers": plan.layers(), "parameters": plan.parameters()})
+    bench.train(plan.method, plan, title=f"{plan.method}, {len(plan.layers())} layers")
+    write_report(run)
+
+
+def score_layers(options: Options, progress: Progress = SILENT) -> ScoreFile:
+    """Score the layers of a model, without a run's folder.
+
+    Args:
+        options: What to do.
+        progress: Watches.
+
+    Returns:
+        The scores, and what a plan needs to know about the model.
+
+    Raises:
+        ValueError: Options, data or model do not fit.
+        OSError: A file cannot be read.
+        ImportError: An optional package is missing.
+    """
+    check_data(options)
+    if not options.rank:
+        raise ValueError("--rank must be >= 1 here, got 0: floe tune searches for it")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_run(Path(folder), "score", options.to_json()) as run,
+    ):
+        bench = open_bench(run, options, progress)
+        found = bench.scores(options.rank)
+    return ScoreFile(
+        options.model,
+        bench.fingerprint,
+        options.variant,
+        found["scores"],
+        bench.modules,
+        found["gradients"],
+    )
+
+
+def evaluate_adapter(
+    options: Options, adapter: Path | None, progress: Progress = SILENT
+) -> Evaluation:
+    """Return the held-out loss of a model, with an adapter or without.
+
+    Args:
+        options: What to do.
+        adapter: Folder of the adapter; None evaluates the base.
+        progress: Watches.
+
+    Raises:
+        ValueError: Options, data, adapter or model do not fit.
+        OSError: A file cannot be read.
+        ImportError: An optional package is missing.
+    """
+    check_data(options)
+    loaded = load_model(options)
+    dataset = load_dataset(options, loaded.tokenizer, most_tokens=loaded.most_tokens)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+    return evaluate(
+        loaded.model,
+        dataset.held_out,
+        batch_size=options.batch_size,
+        pad=dataset.pad,
+        progress=progress,
+    )
+
+
+def open_bench(run: Run, options: Options, progress: Progress) -> Workbench:
+    """Load the model and the data of a run.
+
+    Args:
+        run: The folder, open.
+        options: What to do.
+        progress: Watches.
+    """
+    progress.say(f"loading {options.model}")
+    loaded = load_model(options)
+    run.finish("machine", describe_machine(loaded.device))
+    dataset = load_dataset(options, loaded.tokenizer, most_tokens=loaded.most_tokens)
+    for note in [loaded.note, *dataset.notes]:
+        if note:
+            progress.say(note)
+    progress.say(
+        f"{len(dataset.train):,} training samples with {dataset.train.loss_tokens():,} tokens to "
+        f"learn, {len(dataset.held_out):,} held out with {dataset.held_out.loss_tokens():,}"
+    )
+    return Workbench(run, options, loaded, dataset, progress)
+
+
+def find_rank(bench: Workbench) -> int:
+    """Evaluate the base and settle the rank, telling what came out."""
+    bench.progress.say(f"held-out loss of the base: {bench.base_loss():.4f}")
+    rank = bench.rank()
+    bench.progress.say(f"rank of the experts: {rank}")
+    return rank
+
+
+def train_all(bench: Workbench, rank: int, on_chosen: Callable[[], None] | None = None) -> None:
+    """Score, choose, and train what the options ask for, telling what came out.
+
+    Args:
+        bench: The model and its run.
+        rank: Of every expert.
+        on_chosen: Called between choosing and training.
+    """
+    plan = bench.choose(rank)
+    layers = len({spec.layer for spec in bench.modules.values()})
+    kept = len(plan.layers())
+    bench.progress.say(f"layers kept, {kept} of {layers}: {', '.join(plan.layers())}")
+    if on_chosen is not None:
+        on_chosen()
+    plans: dict[str, tuple[str, Plan]] = {}
+    if bench.options.compare:
+        keywords = {"experts": bench.options.experts, **bench.plan_options(rank)}
+        plans[ALL] = f"MoE-LoRA, all {layers} layers", uniform(bench.modules, **keywords)
+    plans[FLOE] = f"FLoE, {kept} of {layers} layers", plan
+    if bench.options.compare:
+        draw = random(bench.modules, keep=bench.options.keep, seed=bench.options.seed, **keywords)
+        plans[RANDOM] = f"random, {kept} of {layers} layers", draw
+    for name, (title, one) in plans.items():
+        bench.train(name, one, title=title, keep_adapter=name == FLOE)
+        bench.progress.say(f"{title}: held-out loss {bench.run.state['trained'][name]['loss']:.4f}")

@@ -1,0 +1,307 @@
+"""One model, one dataset, one run's folder: the steps that every pipeline is made of."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from floe_kernels.allocation import Plan, SearchResult, floe, uniform
+from floe_kernels.integrations.transformers import (
+    apply_plan,
+    find_modules,
+    fingerprint,
+    remove_adapters,
+    save_adapter,
+)
+from floe_kernels.pipeline.datasets import Dataset
+from floe_kernels.pipeline.encoding import Samples, draw
+from floe_kernels.pipeline.evaluation import Evaluation, evaluate, to_device
+from floe_kernels.pipeline.memory import PeakMemory
+from floe_kernels.pipeline.models import Loaded
+from floe_kernels.pipeline.options import WARMED, Options
+from floe_kernels.pipeline.progress import SILENT, Bar, Progress
+from floe_kernels.pipeline.runs import Run
+from floe_kernels.pipeline.search import search_rank
+from floe_kernels.pipeline.training import Recipe, train
+from floe_kernels.scores.fisher import block_linears, collect, read_variant
+
+if TYPE_CHECKING:
+    from floe_kernels._types import JSON
+
+SHORT = 16  # digits of a checksum that people compare
+
+
+class Workbench:
+    """Does a run's steps; what is finished already is read from its folder.
+
+    The model carries no adapters between steps.
+
+    Args:
+        run: The folder.
+        options: What was asked for.
+        loaded: The model.
+        dataset: The data.
+        progress: Watches.
+
+    Raises:
+        ValueError: The run began with another model or other data.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        options: Options,
+        loaded: Loaded,
+        dataset: Dataset,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.run, self.options, self.loaded, self.dataset = run, options, loaded, dataset
+        self.progress, self.model = progress, loaded.model
+        targets = [name.strip() for name in options.targets.split(",") if name.strip()]
+        self.modules = find_modules(self.model, targets or None)
+        self.fingerprint = fingerprint(self.model)
+        run.pin(model=self.fingerprint[:SHORT], **dataset.facts())
+
+    def base_loss(self) -> float:
+        """Evaluate the model without adapters."""
+        if "base" not in self.run.state:
+            found = self._evaluate()
+            self.run.history.rewind("evaluation", run="base")
+            self.run.history.add("evaluation", run="base", step=0, **found._asdict())
+            note = self.loaded.note
+            self.run.finish("base", {**found._asdict(), "model": self.options.model, "note": note})
+        return float(self.run.state["base"]["loss"])
+
+    def rank(self) -> int:
+        """Return the rank that was asked for, or else search for it."""
+        if self.options.rank:
+            return self.options.rank
+        if "search" not in self.run.state:
+            start = time.monotonic()
+            result = search_rank(
+                self.model,
+                self.modules,
+                self.dataset.train,
+                self.options,
+                pad=self.dataset.pad,
+                storage=self.run.folder / "search.journal",
+                context=cast("dict[str, JSON]", self.run.facts),
+                on_trial=lambda trial: self._note_trials([trial]),
+                progress=self.progress,
+            )
+            self._note_trials(result.trials, fresh=True)
+            self.run.finish("search", _search_facts(result, time.monotonic() - start))
+        return int(self.run.state["search"]["rank"])
+
+    def scores(self, rank: int) -> dict[str, Any]:
+        """Score every layer by Fisher information, after a warm-up where the variant needs one.
+
+        Args:
+            rank: Of the experts on all layers that the scores are taken of.
+
+        Returns:
+            ``scores`` by layer, and ``gradients`` of the layers' gates for ``gate``, else None.
+        """
+        if "score" not in self.run.state:
+            self.run.finish("score", self._score(rank))
+            self.run.checkpoint("warm_up").unlink(missing_ok=True)
+        found: dict[str, Any] = self.run.state["score"]
+        return found
+
+    def choose(self, rank: int) -> Plan:
+        """Turn scores into a plan and write it to ``plan.json``."""
+        found, path = self.scores(rank), self.run.folder / "plan.json"
+        if "plan" not in self.run.state:
+            plan = floe(
+                found["scores"],
+                self.modules,
+                keep=self.options.keep,
+                experts=self.options.experts,
+                gradients=found["gradients"],
+                refine=self.options.refine,
+                **self.plan_options(rank),
+            )
+            plan.save(path)
+            self.run.finish("plan", {"layers": plan.layers(), "parameters": plan.parameters()})
+        return Plan.load(path)
+
+    def plan_options(self, rank: int) -> Any:
+        """Return the keywords of every policy: adapter, model and where it comes from."""
+        provenance: dict[str, JSON] = {
+            "variant": self.options.variant,
+            "search": self.run.state.get("search"),
+            "facts": self.run.facts,
+            "options": self.options.to_json(),
+        }
+        return {
+            **self.options.adapter(rank),
+            "base_model": self.options.model,
+            "fingerprint": self.fingerprint,
+            "provenance": provenance,
+        }
+
+    def steps(self) -> int:
+        """Return the number of optimiser steps that was asked for."""
+        if self.options.steps:
+            return self.options.steps
+        a_step = self.options.batch_size * self.options.accumulation
+        return max(1, math.ceil(self.options.epochs * len(self.dataset.train) / a_step))
+
+    def train(self, name: str, plan: Plan, *, title: str = "", keep_adapter: bool = True) -> None:
+        """Train a plan's adapters from the start, evaluate them, note what came out.
+
+        Args:
+            name: What the run's folder calls it.
+            plan: Where the experts go.
+            title: What people call it.
+            keep_adapter: Write it to the folder ``adapter``.
+        """
+        if name in self.run.state.get("trained", {}):
+            return
+        options, history = self.options, self.run.history
+        checkpoint = self.run.checkpoint(name)
+        torch.manual_seed(options.seed)
+        apply_plan(self.model, plan)
+        peak = PeakMemory(self.loaded.device)
+        try:
+
+            def rewind(done: int) -> None:
+                history.rewind("step", after=done, run=name)
+                history.rewind("evaluation", after=done, run=name)
+
+            def note(step: int, loss: float, figures: dict[str, float]) -> None:
+                history.add("step", run=name, step=step, loss=loss, **figures, peak=peak.read())
+                if options.eval_every and step % options.eval_every == 0 and step < recipe.steps:
+                    history.add("evaluation", run=name, step=step, **self._evaluate()._asdict())
+
+            recipe = Recipe.of(options, self.steps())
+            train(
+                self.model,
+                self.dataset.train,
+                recipe,
+                pad=self.dataset.pad,
+                checkpoint=checkpoint,
+                checkpoint_seconds=options.checkpoint_seconds,
+                on_step=note,
+                on_resume=rewind,
+                title=title or f"training {name}",
+                progress=self.progress,
+            )
+            found = self._evaluate()
+            history.rewind("evaluation", after=recipe.steps - 1, run=name)
+            history.add("evaluation", run=name, step=recipe.steps, **found._asdict())
+            if keep_adapter:
+                save_adapter(self.model, self.run.folder / "adapter")
+        finally:
+            peak.close()
+            remove_adapters(self.model)
+        trained = {
+            **self.run.state.get("trained", {}),
+            name: {
+                "title": title or name,
+                "steps": recipe.steps,
+                "loss": found.loss,
+                "tokens": found.tokens,
+                "parameters": plan.parameters(),
+                "layers": plan.layers(),
+                **_costs(history.of("step", run=name)),
+                "peak_method": peak.method,
+            },
+        }
+        self.run.finish("trained", trained)
+        checkpoint.unlink(missing_ok=True)
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.dataset.held_out,
+            batch_size=self.options.batch_size,
+            pad=self.dataset.pad,
+            progress=self.progress,
+        )
+
+    def _note_trials(self, trials: list[dict[str, Any]], *, fresh: bool = False) -> None:
+        if fresh:
+            self.run.history.rewind("trial")
+        for trial in trials:
+            rank, facts = trial["params"]["rank"], dict(trial)
+            self.run.history.add("trial", rank=rank, loss=facts.pop("value"), **facts)
+
+    def _score(self, rank: int) -> dict[str, Any]:
+        options, variant = self.options, self.options.variant
+        samples = draw(self.dataset.train, options.score_samples, options.seed, "scores")
+        start = time.monotonic()
+        if variant != "base":
+            plan = uniform(self.modules, experts=options.experts, **self.plan_options(rank))
+            torch.manual_seed(options.seed)
+            apply_plan(self.model, plan)
+        try:
+            if variant in WARMED:
+                self._warm_up()
+            frozen = block_linears(self.model) if variant == "base" else ()
+            with self.progress.bar("scoring layers", len(samples), unit="samples") as bar:
+                record = collect(self.model, self._batches(samples, bar), frozen=frozen)
+        finally:
+            remove_adapters(self.model)
+        gradients = None
+        if variant == "gate":
+            names, gates = record.gate_gradients()
+            gradients = dict(zip(names, gates.T.tolist(), strict=True))
+        return {
+            "scores": read_variant(record, variant),
+            "gradients": gradients,
+            "variant": variant,
+            "counts": record.counts,
+            "seconds": time.monotonic() - start,
+        }
+
+    def _warm_up(self) -> None:
+        name, options = "warm_up", self.options
+        history = self.run.history
+        train(
+            self.model,
+            self.dataset.train,
+            Recipe.of(options, options.warm_up_steps, schedule="constant"),
+            pad=self.dataset.pad,
+            checkpoint=self.run.checkpoint(name),
+            checkpoint_seconds=options.checkpoint_seconds,
+            on_step=lambda step, loss, figures: history.add(
+                "step", run=name, step=step, loss=loss, **figures
+            ),
+            on_resume=lambda done: history.rewind("step", after=done, run=name),
+            title="warm-up of all layers",
+            progress=self.progress,
+        )
+
+    def _batches(self, samples: Samples, bar: Bar) -> Iterator[dict[str, Tensor]]:
+        size = self.options.batch_size
+        for i in range(0, len(samples), size):
+            chosen = range(i, min(i + size, len(samples)))
+            yield to_device(samples.batch(chosen, self.dataset.pad), self.loaded.device)
+            bar.advance(len(chosen))
+
+
+def _search_facts(result: SearchResult, seconds: float) -> dict[str, Any]:
+    best = result.best or {}
+    return {
+        "rank": result.best_params["rank"],
+        "loss": best.get("value"),
+        "completed": result.completed,
+        "stopped": result.stopped or "time",
+        "seconds": seconds,
+    }
+
+
+def _costs(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Read time and memory off the steps, whichever process made them."""
+    seconds = [line["seconds"] for line in steps]
+    peaks = [line["peak"] for line in steps if line.get("peak")]
+    return {
+        "train_loss": steps[-1]["loss"] if steps else None,
+        "seconds_per_step": statistics.median(seconds[1:] or seconds) if seconds else None,
+        "peak_bytes": max(peaks) if peaks else None,
+    }
