@@ -17,8 +17,29 @@ class BatchContext:
         self.token_mask: Tensor | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """Return the mask of the tokens of ``x`` (..., I), or None if the mask is not theirs."""
+        """Return the mask of the tokens of ``x``, or None if the mask is not theirs.
+
+        Args:
+            x: ``(B, T, I)``, or ``(B * T, I)`` from a model that flattens its tokens.
+
+        Returns:
+            ``token_mask`` in the leading shape of ``x``; None where the sizes differ, as for an
+            encoder's mask in a decoder's layer.
+
+        Example:
+            >>> import torch
+            >>> batch = BatchContext()
+            >>> batch.token_mask = torch.tensor([[False, True], [True, True]])
+            >>> batch.mask_for(torch.zeros(4, 8))
+            tensor([False,  True,  True,  True])
+            >>> batch.mask_for(torch.zeros(3, 8)) is None
+            True
+        """
         mask = self.token_mask
-        if mask is None or x.shape[:-1] != mask.shape:
+        if mask is None:
             return None
-        return mask
+        if x.shape[:-1] == mask.shape:
+            return mask
+        if x.ndim == 2 and x.shape[0] == mask.numel():
+            return mask.reshape(-1)
+        return None

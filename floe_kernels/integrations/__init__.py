@@ -1,0 +1,1 @@
+"""Where a plan meets somebody else's model: one module a framework."""
