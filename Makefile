@@ -18,6 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FOLDERS := $(shell find csrc -type d)
 
 # TORCH=2.10.0 or TORCH=newest lifts the pins of torch and of what a CUDA build of it brings
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
@@ -111,8 +112,9 @@ $(STAMPS)/bench: $(STAMPS)/packages
 	@$(INSTALL) --no-deps kronfluence
 	@touch $@
 
-# ninja compiles again only what changed; setup.py says itself, in one line, what it cannot build
-$(BUILT): $(STAMPS)/packages setup.py floe_kernels/__init__.py $(SOURCES)
+# a folder is newer than the build once a file in it came or went; ninja compiles again only what
+# changed; setup.py says itself, in one line, what it cannot build
+$(BUILT): $(STAMPS)/packages setup.py floe_kernels/__init__.py $(SOURCES) $(FOLDERS)
 	@rm -f floe_kernels/*.so $(STAMPS)/built-*
 	@echo "building the native extensions (FLOE_BUILD=$(FLOE_BUILD))"
 	@$(PY) setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 || \
