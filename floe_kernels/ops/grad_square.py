@@ -4,8 +4,11 @@
 device      kernel                             present when
 ==========  =================================  ===========================
 any         reference/grad_square.py           always
+CUDA        triton/grad_square.py              Triton is installed
 ==========  =================================  ===========================
 """
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -46,3 +49,20 @@ def linear_grad_square(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | No
 def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     return g.new_empty(offsets.shape[0] - 1, dtype=dtype)
+
+
+if find_spec("triton"):  # loaded on the first call, not on import
+
+    @segment_grad_square.register_kernel("cuda")
+    def _(
+        g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from floe_kernels.triton import grad_square as kernels
+
+        return kernels.segment_grad_square(g, x, offsets, scale, reduce)
+
+    @linear_grad_square.register_kernel("cuda")
+    def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+        from floe_kernels.triton import grad_square as kernels
+
+        return kernels.linear_grad_square(g, x, offsets, scale)

@@ -4,6 +4,8 @@
 device      kernel                             present when
 ==========  =================================  ===========================
 any         reference/moe_lora.py              always
+CUDA        triton/moe_lora_forward.py,        Triton is installed
+            triton/moe_lora_backward.py
 ==========  =================================  ===========================
 
 Everything is two-dimensional here: N tokens, I inputs, O outputs, E experts, K kept, R packed
@@ -11,6 +13,7 @@ columns, C columns of z. ``functional/moe_lora.py`` flattened and checked.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -167,6 +170,29 @@ def _(grad_out: Tensor, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor,
     needs = rest[12]
     wanted = zip((x, lora_A, lora_B, router_weight), needs, strict=True)
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in wanted)  # type: ignore[return-value]
+
+
+if find_spec("triton"):  # loaded on the first call, not on import
+
+    @moe_lora_linear.register_kernel("cuda")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Forward:
+        from floe_kernels.triton import moe_lora_forward as kernels
+
+        return kernels.moe_lora_linear(x, weight, bias, *rest[:11])
+
+    @moe_lora.register_kernel("cuda")
+    def _(x: Tensor, base_out: Tensor, *rest: Any) -> Forward:
+        from floe_kernels.triton import moe_lora_forward as kernels
+
+        return kernels.moe_lora(x, base_out, *rest[:11])
+
+    @moe_lora_backward.register_kernel("cuda")
+    def _(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from floe_kernels.triton import moe_lora_backward as kernels
+
+        fisher = None if rest[17] is None else FisherBuffers(*rest[17:])
+        shared = (*rest[:17], fisher)
+        return kernels.moe_lora_backward(grad_out, x, *shared)
 
 
 def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]:

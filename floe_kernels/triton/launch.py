@@ -1,4 +1,4 @@
-"""How the kernels are launched: tiles, splits, the choice of regime, and small tables on the device.
+"""How the kernels are launched: tiles, splits, the choice of regime, small device tables.
 
 Every number here follows from shapes and dtypes alone, so that a run repeats bit for bit; none is
 searched for at run time.
@@ -87,14 +87,14 @@ def column_experts(ranks: Sequence[int], device: torch.device) -> Tensor:
 
 def rows_of(x: Tensor) -> Tensor:
     """Return ``x`` with unit stride along its rows, which is all the kernels ask of a layout."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 and x.is_contiguous() else x.contiguous()
+    return x if x.stride(-1) == 1 or (x.shape[-1] <= 1 and x.is_contiguous()) else x.contiguous()
 
 
 def shrink_tile(x: Tensor, columns: int) -> Tile:
     """Tokens by packed columns, summed over inputs."""
     if not is_narrow(x):
         return Tile(32, block(columns, 64), 16, 4, 2)
-    return Tile(64, block(columns, 128), 64, 4, 4)
+    return Tile(64, block(columns, 128), 64, 8, 4)
 
 
 def gate_tile(x: Tensor, columns: int) -> Tile:
@@ -108,14 +108,23 @@ def expand_tile(x: Tensor, columns: int) -> Tile:
     """Tokens by outputs, summed over packed columns."""
     if not is_narrow(x):
         return Tile(64, 64, 16, 4, 2)
-    return Tile(128, 128, block(columns, 64), 8, 2)
+    return Tile(64, 128, block(columns, 64), 8, 2)
 
 
-def weight_tile(x: Tensor, columns: int) -> Tile:
-    """Packed columns by inputs (or outputs), summed over tokens."""
+def weight_tile(x: Tensor, columns: int, crowded: bool = False) -> Tile:
+    """Inputs (or outputs) by packed columns, summed over tokens; crowded by dropout or a router."""
     if not is_narrow(x):
         return Tile(64, block(columns, 64), 16, 4, 2)
-    return Tile(128, block(columns, 128), 64, 8, 3)
+    return Tile(64 if crowded else 128, block(columns, 128), 64, 8, 3)
+
+
+def square_tile(dtype: torch.dtype, columns: int, rows_a_sample: int, sums: int) -> Tile:
+    """Columns of x by columns of g, summed over a sample's tokens, with ``sums`` accumulators."""
+    depth = block(rows_a_sample, 64)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Tile(64, block(columns, 64 if sums == 1 else 32), 16, 4, 2)
+    # three sums of 64 x 128 hold 96 registers of each of 256 threads
+    return Tile(128 if sums == 1 else 64, block(columns, 128), depth, 8, 3)
 
 
 class Dropout(NamedTuple):

@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from floe_kernels.reference.moe_lora import FisherBuffers, Gradients
+from floe_kernels import reference
+from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, Gradients
+from floe_kernels.triton.grad_square import grad_squares
 from floe_kernels.triton.launch import (
     MOST_EXPERTS_IN_TILE,
     SPLIT_BELOW,
@@ -48,7 +50,7 @@ class GateGradients(NamedTuple):
 
 
 def expert_picks(experts: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
-    """Return picks per expert in blocks of tokens, ``(blocks, E)`` int32, to be added by readers."""
+    """Return picks per expert in blocks of tokens, ``(blocks, E)`` int32; readers add them."""
     (n, k), rows = experts.shape, 1024
     picks = experts.new_empty(triton.cdiv(n, rows), num_experts, dtype=torch.int32)
     expert_picks_kernel[(len(picks),)](
@@ -73,11 +75,12 @@ def gate_gradients(
     """Return h, dz and dlogits; one kernel for many tokens, two for few or wide ones."""
     (n, o), (r, c, e) = dy.shape, (len(scaling), saved.z.shape[1], saved.logits.shape[1])
     k = saved.experts.shape[1]
-    narrow = saved.z.new_empty(n, c + e)
+    # a stride that 16 divides lets kernels load 16 bytes at once: 2 at a time are not copied ahead
+    narrow = saved.z.new_empty(n, triton.cdiv(c + e, 16) * 16)
     out = GateGradients(
         saved.z.new_empty(n, r),
         narrow[:, :c],
-        narrow[:, c:],
+        narrow[:, c : c + e],
         saved.gates.new_empty(n) if want_score else None,
     )
     owners = column_experts(ranks, dy.device)
@@ -98,7 +101,7 @@ def gate_gradients(
         gate_kernel[(row_blocks,)](
             dy, lora_B, scaling, owners, mask, saved.z, saved.gates, saved.experts, saved.logits,
             aux_coefs, load, out.h, out.dz, out.dlogits, out.score,
-            dy.stride(0), c + e, blocks, n, o, r, e, steps,
+            dy.stride(0), narrow.stride(0), blocks, n, o, r, e, steps,
             **{**router, **products}, **launch,
             BLOCK_N=tile.rows, BLOCK_O=tile.depth, BLOCK_R=tile.columns,
         )  # fmt: skip
@@ -115,7 +118,7 @@ def gate_gradients(
     gate_parts_kernel[(triton.cdiv(n, rows),)](
         part, scaling, owners, mask, saved.z, saved.gates, saved.experts, saved.logits,
         aux_coefs, load, out.h, out.dz, out.dlogits, out.score,
-        c + e, blocks, split, n, r, c, e, **router, SHARED=shared_A,
+        narrow.stride(0), blocks, split, n, r, c, e, **router, SHARED=shared_A,
         BLOCK_N=rows, BLOCK_C=block(c, 128), **options(),
     )  # fmt: skip
     return out
@@ -136,12 +139,12 @@ def weight_gradient(
     e = 0 if out2 is None else len(out2)
     if not d or not r + e:
         return
-    tile, block_e = weight_tile(x, max(r, 1)), block(e, MOST_EXPERTS_IN_TILE)
+    active = dropout is not None and dropout.active
+    tile, block_e = weight_tile(x, max(r, 1), active or e > 16), block(e, MOST_EXPERTS_IN_TILE)
     column_blocks, steps = triton.cdiv(d, tile.rows), triton.cdiv(n, tile.depth)
     router_blocks = triton.cdiv(e, block_e)
     split = parts(column_blocks * max(triton.cdiv(r, tile.columns), 1), steps)
-    target, active = out if out is not None else out2, dropout is not None and dropout.active
-    part = target
+    part = out if out is not None else out2
     if split > 1:
         part = x.new_empty(split, r + e, d, dtype=torch.float32)
 
@@ -167,8 +170,48 @@ def weight_gradient(
         size, size2 = r * d, e * d
         add_parts_kernel[(triton.cdiv(size + size2, 1024),)](
             part, out if out is not None else out2, out2 if out2 is not None else out,
-            split, size, size2, BLOCK=1024, **options(),
+            split, size, size2, INTO2=False, BLOCK=1024, **options(),
         )  # fmt: skip
+
+
+def add_fisher(
+    fisher: FisherBuffers,
+    wanted: list[Tensor | None],
+    x: Tensor,
+    dy: Tensor,
+    gate: GateGradients,
+    mask: Tensor | None,
+    dropout: Dropout,
+) -> list[Tensor | None]:
+    """Add the samples to every buffer; return the gradients that did not come out on the way."""
+    left = list(wanted)
+    jobs = (
+        (fisher.lora_A, 1, gate.dz, x, dropout),
+        (fisher.lora_B, 2, gate.h, dy, None),
+        (fisher.router, 3, gate.dlogits, x, None),
+    )
+    for buffer, which, g, columns, dropped in jobs:
+        if buffer is None or not g.shape[1]:
+            continue
+        direct = buffer.ndim == 2 and buffer.dtype == torch.float32 and buffer.is_contiguous()
+        square = buffer if direct else None
+        if buffer.ndim and not direct:
+            square = columns.new_zeros(g.shape[1], columns.shape[1], dtype=torch.float32)
+        norms = grad_squares(
+            g, columns, fisher.offsets, fisher.scale, wanted[which], square, not buffer.ndim,
+            mask, dropped,
+        )  # fmt: skip
+        left[which] = None
+        if norms is not None:
+            buffer.add_(norms.sum())
+        elif square is not None and not direct:
+            buffer.add_(square if buffer.ndim == 2 else square.sum(1))
+    if fisher.gate is not None and gate.score is not None:
+        # differences of a running sum need the digits
+        total = torch.nn.functional.pad(gate.score.double().cumsum(0), (1, 0))
+        samples = total[fisher.offsets[1:]] - total[fisher.offsets[:-1]]
+        fisher.gate.add_(samples if fisher.scale is None else samples * fisher.scale)
+    return left
 
 
 def moe_lora_backward(
@@ -194,6 +237,12 @@ def moe_lora_backward(
     fisher: FisherBuffers | None,
 ) -> Gradients:
     """Differentiate in closed form; see :func:`floe_kernels.reference.moe_lora_backward`."""
+    if x.dtype == torch.float64:
+        return reference.moe_lora_backward(
+            grad_out, x, weight, lora_A, lora_B, router_weight, scaling,
+            Adapter(z, z, experts, gates, logits), ranks, shared_A, renormalize, token_mask,
+            dropout_p, dropout_seed, aux_coefs, needs, fisher,
+        )  # fmt: skip
     x, dy = rows_of(x), rows_of(grad_out.to(x.dtype))
     like = (x, lora_A, lora_B, router_weight)
     grads = Gradients(
@@ -217,6 +266,8 @@ def moe_lora_backward(
             base = grad_x = dy @ weight.to(dy.dtype)
         update(base, grad_x, gate.dz, narrow_A, gate.dlogits, router, dropout)
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    if fisher is not None:
+        wanted = add_fisher(fisher, wanted, x, dy, gate, mask, dropout)
     weight_gradient(x, mask, gate.dz, wanted[1], gate.dlogits, wanted[3], dropout)
     weight_gradient(dy, mask, gate.h, wanted[2])
     return grads._replace(x=grad_x)

@@ -1,5 +1,7 @@
 """The adapted linear on a GPU, forward: which kernels run, in which order, on what.
 
+float64 has no kernel: it is for checking, and goes to the reference.
+
 Dims: N tokens, I inputs, O outputs, E experts, K experts kept per token, R packed columns,
 C columns of z (R, or the one rank of a shared A).
 """
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from floe_kernels.reference.moe_lora import adapter
 from floe_kernels.triton.launch import (
     MOST_EXPERTS_IN_TILE,
     SPLIT_BELOW,
@@ -160,6 +163,13 @@ def moe_lora_linear(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Own both GEMMs: cuBLAS for the frozen one, the experts added in place."""
+    if x.dtype == torch.float64:
+        readable = adapter(
+            x, lora_A, router_weight, scaling, ranks, top_k, shared_A, renormalize,
+            token_mask, dropout_p, dropout_seed,
+        )  # fmt: skip
+        out = F.linear(x, weight, bias).addmm_(readable.h, lora_B.to(x.dtype))
+        return out, *readable[1:]
     x = rows_of(x)
     lora_A, lora_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
     routed = shrink_and_route(
@@ -188,6 +198,12 @@ def moe_lora(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Add the experts to a base's output, in a new tensor."""
+    if x.dtype == torch.float64:
+        readable = adapter(
+            x, lora_A, router_weight, scaling, ranks, top_k, shared_A, renormalize,
+            token_mask, dropout_p, dropout_seed,
+        )  # fmt: skip
+        return base_out + (readable.h @ lora_B.to(x.dtype)).to(base_out.dtype), *readable[1:]
     x, base_out = rows_of(x), rows_of(base_out)
     lora_A, lora_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
     routed = shrink_and_route(

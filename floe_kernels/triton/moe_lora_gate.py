@@ -17,9 +17,9 @@ def _expand_transposed(
     dy_ptr,
     lora_B_ptr,
     token_mask_ptr,
-    n,
-    r,
     first,
+    r,
+    first_step,
     steps,
     dy_stride_n,
     N,
@@ -28,19 +28,22 @@ def _expand_transposed(
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
     """Return this tile's share of u: BLOCK_O outputs a step, from step first."""
+    t = tl.arange(0, BLOCK_N)
+    n = first + t
     live = n < N
     if HAS_MASK:  # a padding row may hold NaN: it reads as zero
         live = live & (tl.load(token_mask_ptr + n, mask=live, other=0) != 0)
     in_r = r < R
-    u = tl.zeros((n.shape[0], r.shape[0]), tl.float32)
+    u = tl.zeros((BLOCK_N, r.shape[0]), tl.float32)
     for step in range(steps):
-        o = (first + step) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o = (first_step + step) * BLOCK_O + tl.arange(0, BLOCK_O)
         in_o = o < O
         dy = tl.load(
-            dy_ptr + n[:, None] * dy_stride_n + o[None, :],
+            dy_ptr + first * dy_stride_n + (t[:, None] * dy_stride_n + o[None, :]),
             mask=live[:, None] & in_o[None, :],
             other=0.0,
         )
@@ -214,14 +217,14 @@ def gate_kernel(
     BLOCK_R: tl.constexpr,  # power of two >= R
     BLOCK_E: tl.constexpr,  # power of two >= E
     BLOCK_K: tl.constexpr,  # power of two >= K
-):
+) -> None:
     """Differentiate BLOCK_N tokens' gates with every column in one tile."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     u = _expand_transposed(
-        dy_ptr, lora_B_ptr, token_mask_ptr, n, r, 0, steps, dy_stride_n, N, O, R,
-        HAS_MASK, PRECISION, WIDEN, BLOCK_O,
+        dy_ptr, lora_B_ptr, token_mask_ptr, first, r, 0, steps, dy_stride_n, N, O, R,
+        HAS_MASK, PRECISION, WIDEN, BLOCK_N, BLOCK_O,
     )  # fmt: skip
     gates, experts = _load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
     grad_gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -253,14 +256,15 @@ def gate_part_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+) -> None:
     """Write one part of u, for few tokens or for columns too many for one tile."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
     u = _expand_transposed(
-        dy_ptr, lora_B_ptr, token_mask_ptr, n, r, part * steps, steps, dy_stride_n, N, O, R,
-        HAS_MASK, PRECISION, WIDEN, BLOCK_O,
+        dy_ptr, lora_B_ptr, token_mask_ptr, first, r, part * steps, steps, dy_stride_n, N, O, R,
+        HAS_MASK, PRECISION, WIDEN, BLOCK_N, BLOCK_O,
     )  # fmt: skip
     row = (part.to(tl.int64) * N + n) * R
     tl.store(part_ptr + row[:, None] + r[None, :], u, mask=(n < N)[:, None] & (r < R)[None, :])
@@ -299,7 +303,7 @@ def gate_parts_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two >= E
     BLOCK_K: tl.constexpr,  # power of two >= K
-):
+) -> None:
     """Add the parts in order, then do as :func:`gate_kernel` does."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
@@ -356,7 +360,7 @@ def expert_picks_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two >= E
-):
+) -> None:
     """Count how often BLOCK_N tokens picked each expert; whoever reads adds the programs."""
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)

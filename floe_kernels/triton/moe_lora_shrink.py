@@ -17,12 +17,12 @@ def _products(
     router_ptr,
     token_mask_ptr,
     seed_ptr,
-    n,
+    first,
     c,
     e,
     in_c,
     in_e,
-    first,
+    first_step,
     steps,
     threshold,
     keep_scale,
@@ -35,21 +35,24 @@ def _products(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """Return this tile's share of z and of the logits: BLOCK_I inputs a step, from step first."""
+    t = tl.arange(0, BLOCK_N)
+    n = first + t
     live = n < N
     if HAS_MASK:  # a padding row may hold NaN: it reads as zero
         live = live & (tl.load(token_mask_ptr + n, mask=live, other=0) != 0)
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    z = tl.zeros((n.shape[0], c.shape[0]), tl.float32)
-    logits = tl.zeros((n.shape[0], e.shape[0]), tl.float32)
+    z = tl.zeros((BLOCK_N, c.shape[0]), tl.float32)
+    logits = tl.zeros((BLOCK_N, e.shape[0]), tl.float32)
     for step in range(steps):
-        i = (first + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        i = (first_step + step) * BLOCK_I + tl.arange(0, BLOCK_I)
         in_i = i < I
         x = tl.load(
-            x_ptr + n[:, None] * x_stride_n + i[None, :],
+            x_ptr + first * x_stride_n + (t[:, None] * x_stride_n + i[None, :]),
             mask=live[:, None] & in_i[None, :],
             other=0.0,
         )
@@ -180,24 +183,24 @@ def shrink_route_kernel(
     BLOCK_C: tl.constexpr,  # power of two >= C
     BLOCK_E: tl.constexpr,  # power of two >= E
     BLOCK_K: tl.constexpr,  # power of two >= K
-):
+) -> None:
     """Do all that comes before lora_B for BLOCK_N tokens and every column."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     e = tl.arange(0, BLOCK_E)
     z, logits = _products(
-        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, n, c, e, c < C, e < E, 0, steps,
-        threshold, keep_scale, x_stride_n, N, I, True, True, HAS_MASK, DROPOUT, PRECISION, WIDEN,
-        BLOCK_I,
+        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, first, c, e, c < C, e < E, 0,
+        steps, threshold, keep_scale, x_stride_n, N, I, True, True, HAS_MASK, DROPOUT,
+        PRECISION, WIDEN, BLOCK_N, BLOCK_I,
     )  # fmt: skip
     gates, experts = _route(
         logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
         K, RENORMALIZE, HAS_MASK, BLOCK_K,
     )  # fmt: skip
     _store_z_and_h(
-        z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C, N, R, C, E,
-        K, SHARED,
+        z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C,
+        N, R, C, E, K, SHARED,
     )  # fmt: skip
 
 
@@ -227,9 +230,10 @@ def shrink_part_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+) -> None:
     """Write one part of the sums over I, for few tokens or for columns too many for one tile."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
     block, part = tl.program_id(1), tl.program_id(2)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     # beside lora_A the router is one block's work; alone it is as many blocks as it needs
@@ -239,9 +243,9 @@ def shrink_part_kernel(
     if HAS_A:
         in_e = in_e & (e < BLOCK_E)
     z, logits = _products(
-        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, n, c, e, in_c, in_e, part * steps,
-        steps, threshold, keep_scale, x_stride_n, N, I, HAS_A, HAS_ROUTER, HAS_MASK, DROPOUT,
-        PRECISION, WIDEN, BLOCK_I,
+        x_ptr, lora_A_ptr, router_ptr, token_mask_ptr, seed_ptr, first, c, e, in_c, in_e,
+        part * steps, steps, threshold, keep_scale, x_stride_n, N, I, HAS_A, HAS_ROUTER, HAS_MASK,
+        DROPOUT, PRECISION, WIDEN, BLOCK_N, BLOCK_I,
     )  # fmt: skip
     row = (part.to(tl.int64) * N + n) * (C + E)
     in_n = n < N
@@ -277,7 +281,7 @@ def route_parts_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two >= E
     BLOCK_K: tl.constexpr,  # power of two >= K
-):
+) -> None:
     """Add the parts in order, then route and mask as :func:`shrink_route_kernel` does."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)

@@ -37,7 +37,7 @@ def rank_update_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+) -> None:
     """Update one tile; its product stays in float32 until it is added.
 
     Within the tile offsets are int32 from its first row, which halves the registers they take.

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
     """Return ``acc + a b``, summed in float32."""
     if WIDEN:  # the interpreter's product of bfloat16 is wrong
         a = a.to(tl.float32)
@@ -17,7 +17,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def dot_exact(x, w, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def dot_exact(x, w, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
     """Return ``acc + x w`` for a ``w`` that may be float32 beside a narrow ``x``: no bit is lost.
 
     Experts are chosen by comparing logits, so the router's weight is not rounded to x's dtype.
@@ -39,7 +39,7 @@ def dot_exact(x, w, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def kept_elements(counter, seed, threshold):
+def kept_elements(counter, seed, threshold) -> tl.tensor:
     """Return which elements dropout keeps: word 0 of Philox4x32-10, as in reference/dropout.py."""
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -49,7 +49,7 @@ def kept_elements(counter, seed, threshold):
 
 
 @triton.jit
-def drop(x, n, i, I, seed, threshold, keep_scale):
+def drop(x, n, i, I, seed, threshold, keep_scale) -> tl.tensor:
     """Return the tile ``x`` (rows n, columns i of an (N, I) matrix) after dropout."""
     kept = kept_elements(n[:, None] * I + i[None, :], seed, threshold)
     scaled = (x.to(tl.float32) * keep_scale).to(x.dtype)
@@ -63,7 +63,7 @@ def select_experts(
     K: tl.constexpr,
     RENORMALIZE: tl.constexpr,  # over the kept logits, else over all
     BLOCK_K: tl.constexpr,  # power of two >= K
-):
+) -> tuple[tl.tensor, tl.tensor]:
     """Return gates and experts (BLOCK_N, BLOCK_K), best first: K rounds of arg-max."""
     e = tl.arange(0, z.shape[1])
     kept = tl.arange(0, BLOCK_K)
@@ -92,7 +92,7 @@ def column_gates(
     experts,  # (BLOCK_N, BLOCK_K) int32
     column_expert,  # (BLOCK_C,) int32
     K: tl.constexpr,
-):
+) -> tl.tensor:
     """Return the gate of every column's expert, (BLOCK_N, BLOCK_C), 0 where it was not kept."""
     kept = tl.arange(0, gates.shape[1])
     out = tl.zeros((gates.shape[0], column_expert.shape[0]), tl.float32)

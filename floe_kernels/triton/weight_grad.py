@@ -39,12 +39,13 @@ def weight_grad_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+) -> None:
     """Sum one part of the tokens into one tile, x's columns along the wide side of the product."""
-    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     block, part = tl.program_id(1), tl.program_id(2)
-    r = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    e = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    t = tl.arange(0, BLOCK_N)  # int32 within the tile: int64 offsets spill (sm_80, 128 columns)
     in_d = d < D
     in_r = r < R
     in_e = e < E
@@ -54,35 +55,35 @@ def weight_grad_kernel(
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     acc2 = tl.zeros((BLOCK_D, BLOCK_E), tl.float32)
-    first = part.to(tl.int64) * steps
     for step in range(steps):
-        n = (first + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = (part.to(tl.int64) * steps + step) * BLOCK_N
+        n = first + t
         live = n < N
         if HAS_MASK:  # a padding row may hold NaN: it reads as zero
             live = live & (tl.load(token_mask_ptr + n, mask=live, other=0) != 0)
         x = tl.load(
-            x_ptr + n[:, None] * x_stride_n + d[None, :],
+            x_ptr + first * x_stride_n + (t[:, None] * x_stride_n + d[None, :]),
             mask=live[:, None] & in_d[None, :],
             other=0.0,
         )
         if HAS_G2:
             g2 = tl.load(
-                g2_ptr + n[:, None] * g2_stride_n + e[None, :],
+                g2_ptr + first * g2_stride_n + (t[:, None] * g2_stride_n + e[None, :]),
                 mask=live[:, None] & in_e[None, :],
                 other=0.0,
             )
             acc2 = dot(tl.trans(x), g2, acc2, PRECISION, WIDEN)
         if HAS_G:
             g = tl.load(
-                g_ptr + n[:, None] * g_stride_n + r[None, :],
+                g_ptr + first * g_stride_n + (t[:, None] * g_stride_n + r[None, :]),
                 mask=live[:, None] & in_r[None, :],
                 other=0.0,
             )
             if DROPOUT:
                 x = drop(x, n, d, D, seed, threshold, keep_scale)
             acc = dot(tl.trans(x), g, acc, PRECISION, WIDEN)
-    row = r
-    row2 = e
+    row = r.to(tl.int64)
+    row2 = e.to(tl.int64)
     if PARTS:
         row = row + part.to(tl.int64) * (R + E)
         row2 = row2 + part.to(tl.int64) * (R + E) + R
@@ -105,8 +106,9 @@ def add_parts_kernel(
     P,
     size,
     size2,
+    INTO2: tl.constexpr,  # add to what out2 holds
     BLOCK: tl.constexpr,
-):
+) -> None:
     """Add the parts from first to last: the same order, hence the same bits, in every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_i = i < size + size2
@@ -117,4 +119,7 @@ def add_parts_kernel(
         source += size + size2
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
     out2 = out2_ptr + (i - size)
-    tl.store(out2, total.to(out2_ptr.dtype.element_ty), mask=in_i & (i >= size))
+    in_out2 = in_i & (i >= size)
+    if INTO2:
+        total += tl.load(out2, mask=in_out2, other=0.0).to(tl.float32)
+    tl.store(out2, total.to(out2_ptr.dtype.element_ty), mask=in_out2)

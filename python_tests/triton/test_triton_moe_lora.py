@@ -5,7 +5,7 @@ import torch
 from closeness import assert_no_worse
 
 from floe_kernels import reference
-from floe_kernels.reference.moe_lora import Adapter, adapter
+from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, adapter
 from floe_kernels.triton import launch, moe_lora_backward, moe_lora_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,3 +175,48 @@ def test_runs_repeat_bit_for_bit(regime):
     args = (x, weight, None, lora_A, lora_B, router, *route)
     for one, two in zip(*(moe_lora_forward.moe_lora_linear(*args) for _ in "ab"), strict=True):
         assert torch.equal(one, two)
+
+
+def test_fisher_matches_reference():
+    operands, route, _ = draw("padding")
+    x, weight, lora_A, lora_B, router = operands.values()
+    scaling, ranks, _, shared_A, renormalize, mask, p, seed = route
+    saved = adapter(x, lora_A, router, *route)
+    dy = torch.randn(len(x), len(weight), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    offsets = torch.tensor([0, 7, 7, 30, len(x)], device=DEVICE)
+    scale = torch.tensor([1.0, 2.0, 0.5, 3.0], device=DEVICE)
+    shapes = [(lora_A, lora_B, router), (lora_A[:, 0], lora_B[:, 0], router[:, 0])]
+    shapes.append(tuple(t[0, 0] for t in (lora_A, lora_B, router)))
+    for like in shapes:
+
+        def run(kernel, wide, like=like):
+            dtype = torch.float64 if wide else torch.float32
+            buffers = [torch.full_like(t, 0.25, dtype=dtype) for t in like]
+            gate = torch.zeros(4, dtype=dtype, device=DEVICE)
+            fisher = FisherBuffers(offsets, scale, *buffers, gate)
+            kernel(fisher, dtype)
+            return (*buffers, gate)
+
+        def mine(fisher, _):
+            grads = moe_lora_backward.moe_lora_backward(
+                dy, x, weight, lora_A, lora_B, router, scaling, *saved[1:], ranks, shared_A,
+                renormalize, mask, p, seed, None, [True] * 4, fisher,
+            )  # fmt: skip
+            plain = moe_lora_backward.moe_lora_backward(
+                dy, x, weight, lora_A, lora_B, router, scaling, *saved[1:], ranks, shared_A,
+                renormalize, mask, p, seed, None, [True] * 4, None,
+            )  # fmt: skip
+            for one, other in zip(grads, plain, strict=True):
+                torch.testing.assert_close(one, other)
+
+        def theirs(fisher, dtype):
+            wide = [t.to(dtype) for t in (dy, x, weight, lora_A, lora_B, router)]
+            known = Adapter(*(t if t.dtype == torch.int64 else t.to(dtype) for t in saved))
+            reference.moe_lora_backward(
+                *wide, scaling, known, ranks, shared_A, renormalize, mask, p, seed, None,
+                [True] * 4, fisher,
+            )  # fmt: skip
+
+        triples = zip(run(mine, False), run(theirs, False), run(theirs, True), strict=True)
+        for got, peer, truth in triples:
+            assert_no_worse(got, peer, truth)

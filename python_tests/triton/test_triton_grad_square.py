@@ -1,0 +1,96 @@
+"""The Triton kernels of per-sample squared gradients against the reference."""
+
+import pytest
+import torch
+from closeness import assert_no_worse
+
+from floe_kernels import reference
+from floe_kernels.triton import grad_square
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# what each case is for: (columns of g, columns of x, offsets, tokens)
+CASES = {
+    "nothing": (4, 24, [0, 0], 0),
+    "no sample": (4, 24, [3], 9),
+    "one token": (1, 17, [0, 1], 1),
+    "ragged": (12, 40, [0, 3, 3, 40, 41, 41, 108, 150], 150),
+    "rows outside": (7, 33, [5, 5, 70, 90], 150),
+    "one long": (5, 70, [0, 200], 200),
+    "many": (5, 24, list(range(0, 130, 2)), 129),
+    "many units": (20, 130, [0, 40, 40, 90, 170, 200, 201, 260], 260),
+    "wide": (140, 70, [0, 10, 30], 30),
+}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "mixed": (torch.float32, torch.bfloat16),
+}
+
+
+def draw(name, dtypes=DTYPES["fp32"]):
+    rows, columns, offsets, n = CASES[name]
+    generator = torch.Generator().manual_seed(n)
+    g = torch.randn(n, rows, generator=generator).to(DEVICE, dtypes[0])
+    x = torch.randn(n, columns, generator=generator).to(DEVICE, dtypes[1])
+    return g, x, torch.tensor(offsets, device=DEVICE)
+
+
+def scale_of(kind, offsets):
+    scale = torch.linspace(0.5, 2, len(offsets) - 1, device=offsets.device)
+    return {"none": None, "one": torch.tensor(3.0, device=offsets.device), "each": scale}[kind]
+
+
+def factor(dtypes):
+    """The interpreter cuts bfloat16 off where hardware rounds: its errors are twice as large."""
+    return 4.0 if dtypes == "bf16" and DEVICE == "cpu" else 2.0
+
+
+@pytest.mark.parametrize("reduce", ["element", "rank", "matrix"])
+@pytest.mark.parametrize(
+    ("name", "dtypes", "scaled"),
+    [(name, "fp32", "each") for name in CASES]
+    + [("ragged", dtypes, "one") for dtypes in DTYPES]
+    + [("rows outside", "fp32", "none")],
+)
+def test_matches_reference(name, dtypes, scaled, reduce):
+    g, x, offsets = draw(name, DTYPES[dtypes])
+    scale = scale_of(scaled, offsets)
+    got = grad_square.segment_grad_square(g, x, offsets, scale, reduce)
+    peer = reference.segment_grad_square(g, x, offsets, scale, reduce)
+    truth = reference.segment_grad_square(g.double(), x.double(), offsets, scale, reduce)
+    for one, other, exact in zip(got, peer, truth, strict=True):
+        assert_no_worse(one, other, exact, factor(dtypes))
+
+
+@pytest.mark.parametrize("name", ["ragged", "rows outside", "no sample", "wide"])
+def test_norms_of_a_frozen_linear(name):
+    g, x, offsets = draw(name)
+    scale = scale_of("each", offsets)
+    got = grad_square.linear_grad_square(g, x, offsets, scale)
+    peer = reference.linear_grad_square(g, x, offsets, scale)
+    truth = reference.linear_grad_square(g.double(), x.double(), offsets, scale)
+    assert_no_worse(got, peer, truth)
+
+
+def test_every_row_is_in_one_block():
+    for offsets, n in ((o, n) for _, _, o, n in CASES.values()):
+        blocks = grad_square.list_blocks(torch.tensor(offsets, device=DEVICE), n, 16)
+        seen = torch.zeros(n, dtype=torch.int64)
+        bounds = [0, *offsets, n]
+        for row, rows, segment in zip(*(t.tolist() for t in blocks[:3]), strict=True):
+            seen[row : row + abs(rows)] += 1
+            if rows:
+                assert bounds[segment] <= row
+                assert row + abs(rows) <= bounds[segment + 1]
+                assert (rows < 0) == (row + abs(rows) == bounds[segment + 1])
+        assert (seen == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's NumPy
+def test_non_finite_sample_stays_in_its_norm():
+    g, x, offsets = draw("ragged")
+    g[50] = float("inf")
+    _, _, norms = grad_square.segment_grad_square(g, x, offsets, None, "matrix")
+    finite = norms.isfinite().tolist()
+    assert finite == [True, True, True, True, True, False, True]
