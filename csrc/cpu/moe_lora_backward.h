@@ -1,0 +1,27 @@
+#pragma once
+
+#include "cpu/moe_lora_call.h"
+
+namespace floe [[gnu::visibility("hidden")]] {
+
+// What the forward saved, and what is asked for. grad_out is contiguous, in the dtype of x.
+struct BackwardInputs {
+  Tensor grad_out, z, experts, gates, logits;
+  bool needs_x, needs_A, needs_B, needs_router;
+  bool keeps_rows;  // fill RowGradients, for the Fisher buffers
+};
+
+// Row-major factors of the weight gradients, in the dtype of x, where they were asked for.
+struct RowGradients {
+  Tensor grad_z;       // (T, C)
+  Tensor h;            // (T, R)
+  Tensor grad_logits;  // (T, E)
+  Tensor gate;         // (T,) float64: the gradient of a gate on the whole adapter
+};
+
+// grad_x holds the base's share of its gradient and gets the experts' added; base_share tells
+// whether it holds anything yet.
+void backward_dense(const Experts& given, const BackwardInputs& in, bool base_share,
+                    const Gradients& out, RowGradients& rows);
+
+}  // namespace gnu::visibility("hidden")

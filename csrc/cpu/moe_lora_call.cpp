@@ -1,0 +1,84 @@
+#include "cpu/moe_lora_call.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace floe {
+namespace {
+
+// Parameters have the dtype of x, or float32: that of any other is changed to x's.
+Tensor parameter(const Tensor& t, const Tensor& x) {
+  const ScalarType dtype = t.scalar_type();
+  return as_dtype(t, dtype == ScalarType::Float ? dtype : x.scalar_type());
+}
+
+}  // namespace
+
+Experts::Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                 const Tensor& router_weight, const Tensor& scaling, std::vector<int64_t> ranks,
+                 bool shared_A, bool renormalize, const Optional& token_mask, double dropout_p,
+                 const Optional& dropout_seed, const Optional& aux_coefs)
+    : x(torch::stable::contiguous(x)),
+      lora_A(parameter(lora_A, x)),
+      lora_B(parameter(lora_B, x)),
+      router_weight(parameter(router_weight, x)),
+      scaling(scaling),
+      ranks(std::move(ranks)),
+      shared_A(shared_A),
+      renormalize(renormalize) {
+  if (token_mask) this->token_mask = torch::stable::contiguous(*token_mask);
+  if (aux_coefs) this->aux_coefs = as_dtype(*aux_coefs, ScalarType::Float);
+  if (dropout_p != 0 && dropout_seed) {
+    dropout.active = true;
+    dropout.key = static_cast<uint64_t>(*dropout_seed->const_data_ptr<int64_t>());
+    // reference/dropout.py rounds half to even, as nearbyint does
+    dropout.threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 0x1p32));
+    dropout.scale = 1 / (1 - dropout_p);
+  }
+}
+
+int64_t rows_per_task(int64_t T) {
+  const int64_t tasks = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  // 128 rows read the packed weights from L3 seldom enough to hide it
+  return std::clamp<int64_t>(((T + tasks - 1) / tasks + 15) / 16 * 16, 16, 128);
+}
+
+void* Panels::columns(const Tensor& w) { return add(w, false); }
+
+void* Panels::rows(const Tensor& w) { return add(w, true); }
+
+void* Panels::add(const Tensor& w, bool rows) {
+  const cpu::Matrix m = matrix(w);
+  const int64_t N = rows ? m.cols : m.rows, K = rows ? m.rows : m.cols;
+  const int64_t panels = (N + kernels_.nr - 1) / kernels_.nr;
+  const int64_t units = (K + kernels_.pack - 1) / kernels_.pack;
+  jobs_.push_back({m, rows, panels, cpu::Scratch(panels * kernels_.nr * units * 8)});
+  return jobs_.back().memory.get();
+}
+
+void Panels::pack() {
+  int64_t total = 0;
+  for (const Job& job : jobs_) total += job.panels;
+  torch::stable::parallel_for(0, total, 1, [&](int64_t begin, int64_t end) {
+    for (const Job& job : jobs_) {
+      for (int64_t p = std::max<int64_t>(begin, 0); p < std::min(end, job.panels); ++p) {
+        (job.rows ? kernels_.pack_rows : kernels_.pack_columns)(job.w, p, job.memory.get());
+      }
+      begin -= job.panels, end -= job.panels;
+    }
+  });
+}
+
+cpu::Scratch keep_bits(const cpu::Kernels& kernels, const cpu::Dropout& dropout, int64_t T,
+                       int64_t I) {
+  if (!dropout.active) return {};
+  const int64_t ld = keep_stride(I);
+  cpu::Scratch bits(T * ld);
+  torch::stable::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) {
+    kernels.keep_bits(dropout, begin, end - begin, I, bits.get<uint8_t>() + begin * ld, ld);
+  });
+  return bits;
+}
+
+}  // namespace floe

@@ -1,0 +1,130 @@
+// One call of the MoE-LoRA operators: tensors made contiguous, and pointers to them.
+//
+// Dims: T tokens, I inputs, O outputs, E experts, K kept, R packed columns, C columns of z.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/moe_lora_gates.h"
+#include "cpu/moe_lora_kernels.h"
+#include "cpu/scratch.h"
+
+namespace floe [[gnu::visibility("hidden")]] {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+using Forward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // out, z, experts, gates, logits
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // x, lora_A, lora_B, router
+
+inline cpu::Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return cpu::Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Dtype::kFloat16;
+    default:
+      return cpu::Dtype::kFloat32;
+  }
+}
+
+inline cpu::Matrix matrix(const Tensor& t) {
+  return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(1)};
+}
+
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// Calls f with a value of the type that stores `dtype`.
+template <typename F>
+void with_scalar(cpu::Dtype dtype, const F& f) {
+  switch (dtype) {
+    case cpu::Dtype::kFloat64:
+      return f(double{});
+    case cpu::Dtype::kFloat32:
+      return f(float{});
+    case cpu::Dtype::kBFloat16:
+      return f(cpu::BFloat16{});
+    case cpu::Dtype::kFloat16:
+      return f(cpu::Float16{});
+  }
+}
+
+// What both directions are given.
+struct Experts {
+  Tensor x, lora_A, lora_B, router_weight, scaling;  // contiguous
+  std::vector<int64_t> ranks;
+  bool shared_A, renormalize;
+  Optional token_mask, aux_coefs;
+  cpu::Dropout dropout;
+
+  Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
+          const Tensor& scaling, std::vector<int64_t> ranks, bool shared_A, bool renormalize,
+          const Optional& token_mask, double dropout_p, const Optional& dropout_seed,
+          const Optional& aux_coefs);
+
+  template <typename wide>
+  cpu::Layer<wide> layer(int64_t K) const {
+    cpu::Layer<wide> out;
+    out.T = x.size(0), out.I = x.size(1), out.O = lora_B.size(1), out.R = lora_B.size(0);
+    out.E = static_cast<int64_t>(ranks.size()), out.K = K, out.C = lora_A.size(0);
+    out.shared_A = shared_A, out.renormalize = renormalize;
+    out.mask = token_mask ? token_mask->const_data_ptr<bool>() : nullptr;
+    out.first.assign(1, 0);
+    for (const int64_t rank : ranks) out.first.push_back(out.first.back() + rank);
+    const Tensor wide_scaling =
+        as_dtype(scaling, std::is_same_v<wide, double> ? ScalarType::Double : ScalarType::Float);
+    const auto* values = static_cast<const wide*>(wide_scaling.const_data_ptr());
+    out.scaling.assign(values, values + out.R);
+    return out;
+  }
+};
+
+// Which of the two equal ways to compute is the faster. Dense runs all R columns through one
+// product and masks, grouped only those of the experts that each token keeps.
+bool runs_grouped(const Experts& given, int64_t K);
+
+// Rows a task works on: enough to reuse the packed weights, few enough for every thread.
+int64_t rows_per_task(int64_t T);
+
+// Bytes between the dropout bits of two rows: whole words, so that any read of them is inside.
+inline int64_t keep_stride(int64_t columns) { return (columns + 63) / 64 * 8 + 8; }
+
+// The panels of several matrices, all packed in one parallel loop.
+class Panels {
+ public:
+  explicit Panels(const cpu::Kernels& kernels) : kernels_(kernels) {}
+  // Returns the place of the panels, which pack() fills.
+  void* columns(const Tensor& w);  // sums run over the columns of w
+  void* rows(const Tensor& w);     // sums run over the rows of w
+  void pack();
+
+ private:
+  struct Job {
+    cpu::Matrix w;
+    bool rows;
+    int64_t panels;
+    cpu::Scratch memory;
+  };
+  void* add(const Tensor& w, bool rows);
+
+  const cpu::Kernels& kernels_;
+  std::vector<Job> jobs_;
+};
+
+// The dropout bits of x, (T, keep_stride(I)) bytes; no memory where nothing is dropped.
+cpu::Scratch keep_bits(const cpu::Kernels& kernels, const cpu::Dropout& dropout, int64_t T,
+                       int64_t I);
+
+}  // namespace gnu::visibility("hidden")

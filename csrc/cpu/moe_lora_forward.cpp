@@ -1,0 +1,106 @@
+#include "cpu/moe_lora_forward.h"
+
+#include <algorithm>
+
+namespace floe {
+namespace {
+
+template <typename scalar_t, typename elem>
+struct Dense {
+  using wide = cpu::wide_t<scalar_t>;
+
+  const Experts& given;
+  const cpu::Kernels& kernels;
+  const cpu::Layer<wide> layer;
+  const ForwardOutputs& to;
+
+  void run() const {
+    Panels panels(kernels);
+    const void* shrink = panels.columns(given.lora_A);
+    const void* expand = panels.rows(given.lora_B);
+    panels.pack();
+    const int64_t step = rows_per_task(layer.T), tasks = (layer.T + step - 1) / step;
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t ld_z = (layer.C + 63) / 64 * 64, ld_h = (layer.R + 63) / 64 * 64;
+      const cpu::Scratch z(step * ld_z * sizeof(wide)), h(step * ld_h * sizeof(elem));
+      const int64_t ld_keep = keep_stride(layer.I);
+      const cpu::Scratch keep(given.dropout.active ? step * ld_keep : 0);
+      std::vector<int64_t> order;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t t0 = task * step, M = std::min(step, layer.T - t0);
+        const auto* x = static_cast<const scalar_t*>(given.x.const_data_ptr()) + t0 * layer.I;
+        if (given.dropout.active) {
+          kernels.keep_bits(given.dropout, t0, M, layer.I, keep.get<uint8_t>(), ld_keep);
+        }
+        kernels.shrink({x, layer.I, M, layer.I, layer.C,
+                        given.dropout.active ? keep.get<uint8_t>() : nullptr, ld_keep, shrink,
+                        z.get(), ld_z});
+        auto* saved_z = static_cast<scalar_t*>(to.z.mutable_data_ptr()) + t0 * layer.C;
+        kernels.narrow_rows(z.get(), ld_z, M, layer.C, given.dropout.scale, saved_z, layer.C);
+        logits(t0, M);
+        for (int64_t m = 0; m < M; ++m) {
+          mix_row(t0 + m, saved_z + m * layer.C, h.get<elem>() + m * ld_h, ld_h, order);
+        }
+        expand_rows(t0, M, h.get(), ld_h, expand);
+      }
+    });
+  }
+
+  void logits(int64_t t0, int64_t M) const {
+    const Tensor& w = given.router_weight;
+    auto* sums = static_cast<wide*>(to.logits.mutable_data_ptr()) + t0 * layer.E;
+    kernels.gather_dots({given.x.const_data_ptr(), layer.I, layer.I, nullptr, t0, M, nullptr, 0,
+                         w.const_data_ptr(), dtype_of(w), layer.I, layer.E, sums, layer.E,
+                         nullptr});
+  }
+
+  void mix_row(int64_t t, scalar_t* z, elem* h, int64_t ld_h, std::vector<int64_t>& order) const {
+    auto* gates = static_cast<wide*>(to.gates.mutable_data_ptr());
+    auto* experts = to.experts.mutable_data_ptr<int64_t>();
+    cpu::route(layer, t, static_cast<wide*>(to.logits.mutable_data_ptr()), gates, experts, order);
+    std::fill_n(h, ld_h, elem{});
+    if (layer.masked(t)) {
+      std::fill_n(z, layer.C, scalar_t{});
+      return;
+    }
+    for (int64_t k = t * layer.K; k < (t + 1) * layer.K; ++k) {
+      const int64_t e = experts[k];
+      cpu::mix(layer, e, gates[k], z + layer.column_of_z(e), h + layer.first[e]);
+    }
+  }
+
+  void expand_rows(int64_t t0, int64_t M, const void* h, int64_t ld_h, const void* panels) const {
+    const auto* base = static_cast<const scalar_t*>(to.base);
+    auto* out = static_cast<scalar_t*>(to.out.mutable_data_ptr()) + t0 * layer.O;
+    kernels.expand({M,
+                    layer.O,
+                    {h, ld_h, layer.R, panels},
+                    {},
+                    nullptr,
+                    0,
+                    1,
+                    base ? base + t0 * layer.O : nullptr,
+                    out,
+                    layer.O,
+                    layer.O});
+  }
+};
+
+}  // namespace
+
+void forward_dense(const Experts& given, const ForwardOutputs& to) {
+  const cpu::Kernels& kernels = cpu::moe_lora_kernels(dtype_of(given.x), cpu::isa());
+  with_scalar(dtype_of(given.x), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using wide = cpu::wide_t<scalar_t>;
+    const auto layer = given.layer<wide>(to.experts.size(1));
+    if constexpr (std::is_same_v<scalar_t, cpu::BFloat16>) {
+      if (kernels.elem == cpu::Dtype::kBFloat16) {
+        return Dense<scalar_t, cpu::BFloat16>{given, kernels, layer, to}.run();
+      }
+    }
+    Dense<scalar_t, wide>{given, kernels, layer, to}.run();
+  });
+}
+
+}  // namespace floe

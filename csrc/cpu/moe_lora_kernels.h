@@ -1,0 +1,137 @@
+// The steps of a mixture of LoRA experts that are compiled once per instruction set. No torch here.
+//
+// Dims: T tokens, I inputs, O outputs, E experts, R packed columns. A step works on a block of
+// rows or a panel of columns, so that the caller can share the work out among threads; a result
+// does not depend on how. tile.h says what a panel is; operands of tiles are `elem`, sums `acc`.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/element.h"
+#include "cpu/isa.h"
+#include "cpu/philox.h"
+
+namespace floe::cpu {
+
+struct Matrix {  // (rows, cols), a row every ld elements
+  const void* data;
+  Dtype dtype;
+  int64_t rows, cols, ld;
+};
+
+struct Shrink {  // sums (M, N) = x (M, K) times packed columns
+  const void* x;
+  int64_t ld, M, K, N;
+  const uint8_t* keep;  // bits of x, or null
+  int64_t keep_ld;
+  const void* panels;
+  void* sums;
+  int64_t ld_sums;  // >= N rounded up to whole vectors
+};
+
+struct Term {  // (M, K) elements times packed rows (K, O)
+  const void* rows = nullptr;
+  int64_t ld = 0, K = 0;
+  const void* panels = nullptr;
+};
+
+// out (M, O) = base, null for zero, + scale * keep * first + second
+struct Expand {
+  int64_t M, O;
+  Term first, second;
+  const uint8_t* keep;
+  int64_t keep_ld;
+  double scale;
+  const void* base;
+  void* out;
+  int64_t ld_base, ld_out;
+};
+
+// out (N, columns) = scale * coefficients^T rows, for one panel of columns
+struct WeightGrad {
+  int64_t N;
+  const void* coefficients;  // tiled: (N / mr, units of T, mr, pack)
+  bool keep;                 // whether dropout applies to the rows
+  double scale;
+  void* out;
+  Dtype dtype;
+  int64_t ld_out;
+};
+
+struct RowsOf {  // the rows a WeightGrad sums over
+  const void* data;
+  int64_t ld, cols;
+  const int64_t* rows;  // which, or null for all, in order
+  int64_t T;
+  const bool* mask;  // of data's rows
+  const uint8_t* keep;
+  int64_t keep_ld;
+};
+
+struct GatherDots {  // sums (M, N) = rows[0..M] of x times rows of w
+  const void* x;
+  int64_t ld, K;
+  const int64_t* rows;  // or null: rows first, first + 1, ...
+  int64_t first, M;
+  const uint8_t* keep;
+  int64_t keep_ld;
+  const void* w;
+  Dtype w_dtype;  // that of x, or float32
+  int64_t ld_w, N;
+  void* sums;
+  int64_t ld_sums;
+  void* scratch;  // kDotScratchRows rows of K + 1 elements, where keep is given
+};
+
+inline constexpr int64_t kDotScratchRows = 8;
+
+struct Segment {  // an expert's slots: rows of `first`, and their tokens
+  int64_t begin, end;
+  Matrix weight;  // its (r, O) rows
+};
+
+// As Expand for tokens begin..end and one panel of columns; `first` runs over slots.
+struct GatherExpand {
+  int64_t begin, end, O;
+  const Segment* segments;
+  int64_t num_segments;
+  const int64_t* tokens;  // of every slot
+  const void* slots;      // elements, a row every ld_slots
+  int64_t ld_slots;
+  Term second;
+  const uint8_t* keep;
+  int64_t keep_ld;
+  double scale;
+  const void* base;
+  void* out;
+  int64_t ld_base, ld_out;
+};
+
+struct Kernels {
+  Dtype elem;
+  int64_t pack, mr, nr, lanes;  // elements in a unit; register tile; columns in a vector
+  void (*pack_columns)(const Matrix&, int64_t panel, void* out);
+  void (*pack_rows)(const Matrix&, int64_t panel, void* out);
+  void (*keep_bits)(const Dropout&, int64_t first_row, int64_t rows, int64_t cols, uint8_t* out,
+                    int64_t ld);
+  void (*shrink)(const Shrink&);
+  void (*narrow_rows)(const void* sums, int64_t ld, int64_t M, int64_t N, double scale, void* out,
+                      int64_t ld_out);
+  void (*expand)(const Expand&);
+  void (*weight_grad)(const RowsOf&, int64_t panel, const WeightGrad*, int64_t count,
+                      void* scratch);
+  void (*gather_dots)(const GatherDots&);
+  void (*gather_expand)(const GatherExpand&, int64_t panel, void* scratch);
+};
+
+// For x of this dtype; an instruction set without its own uses the next lower one's.
+const Kernels& moe_lora_kernels(Dtype x, Isa isa);
+
+namespace tables {
+const Kernels* default_isa(Dtype x);
+const Kernels* avx2(Dtype x);
+const Kernels* avx512(Dtype x);
+const Kernels* avx512_bf16(Dtype x);
+}  // namespace tables
+
+}  // namespace floe::cpu

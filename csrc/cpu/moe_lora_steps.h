@@ -1,0 +1,291 @@
+// The steps of moe_lora_kernels.h for one Machine and one dtype of x. No torch here.
+#pragma once
+
+#include "cpu/moe_lora_kernels.h"
+#include "cpu/tile.h"
+
+namespace floe::cpu {
+namespace {
+
+// Parameters have the dtype of x, or float32.
+template <typename scalar_t, typename F>
+FLOE_INLINE void with_dtype(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat32) return f(float{});
+  f(scalar_t{});
+}
+
+// out = base + sums, one row of N columns; no base is zero.
+template <typename V, typename scalar_t>
+FLOE_INLINE void add_row(const typename V::acc* sums, int64_t N, const scalar_t* base,
+                         scalar_t* out) {
+  int64_t n = 0;
+  if (!base) {
+    for (; n + V::kLanes <= N; n += V::kLanes) V::store_narrow(out + n, V::load(sums + n));
+    for (; n < N; ++n) out[n] = narrow<scalar_t>(sums[n]);
+  }
+  for (; n + V::kLanes <= N; n += V::kLanes) {
+    V::store_narrow(out + n, V::add(V::load_wide(base + n), V::load(sums + n)));
+  }
+  for (; n < N; ++n) out[n] = narrow<scalar_t>(widen(base[n]) + sums[n]);
+}
+
+template <typename V, typename scalar_t>
+struct Steps {
+  using elem = typename V::elem;
+  using unit = typename V::unit;
+  using acc = typename V::acc;
+  static constexpr int64_t NR = kNR<V>, MR = V::kMR;
+
+  static void pack_columns(const Matrix& w, int64_t panel, void* out) {
+    with_dtype<scalar_t>(w.dtype, [&](auto zero) __attribute__((always_inline)) {
+      auto* to = static_cast<unit*>(out) + panel * NR * units<V>(w.cols);
+      floe::cpu::pack_columns<V>(static_cast<const decltype(zero)*>(w.data), w.ld, w.rows, w.cols,
+                                 panel, to);
+    });
+  }
+
+  static void pack_rows(const Matrix& w, int64_t panel, void* out) {
+    with_dtype<scalar_t>(w.dtype, [&](auto zero) __attribute__((always_inline)) {
+      using w_t = decltype(zero);
+      const Rows<w_t> rows{static_cast<const w_t*>(w.data), w.ld};
+      const int64_t n0 = panel * NR;
+      floe::cpu::pack_rows<V>(rows, 0, w.rows, n0, least(NR, w.cols - n0),
+                              panel_width<V>(w.cols, panel),
+                              static_cast<unit*>(out) + n0 * units<V>(w.rows));
+    });
+  }
+
+  static void keep_bits(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t cols,
+                        uint8_t* out, int64_t ld) {
+    uint8_t tail[V::kKeepBytes];
+    for (int64_t m = 0; m < rows; ++m) {
+      const uint64_t counter = static_cast<uint64_t>((first_row + m) * cols);
+      for (int64_t b = 0; b * 8 < cols; b += V::kKeepBytes) {
+        const int64_t count = least(V::kKeepBytes, ld - b);
+        V::keep_bytes(dropout, counter + b * 8, tail);
+        std::memcpy(out + m * ld + b, tail, count);
+      }
+    }
+  }
+
+  static void shrink(const Shrink& s) {
+    // 2 KiB of 8 rows is a third of L1, and three panels' share of it a third of L2
+    constexpr int64_t kBlock = 2048 / sizeof(elem);
+    const auto* x = static_cast<const scalar_t*>(s.x);
+    alignas(64) elem staged[MR * kBlock];
+    for (int64_t k0 = 0; k0 < s.K; k0 += kBlock) {
+      const int64_t K = least(kBlock, s.K - k0);
+      const bool direct = std::is_same_v<scalar_t, elem> && !s.keep && K % V::kPack == 0;
+      for (int64_t m = 0; m < s.M; m += MR) {
+        const int64_t M = least(MR, s.M - m);
+        const elem* a = reinterpret_cast<const elem*>(x + m * s.ld + k0);
+        if (!direct) {
+          a = staged;
+          for (int64_t i = 0; i < M; ++i) {
+            stage_row<V>(x + (m + i) * s.ld + k0, K,
+                         s.keep ? s.keep + (m + i) * s.keep_ld : nullptr, k0, staged + i * kBlock);
+          }
+        }
+        for (int64_t p = 0; p * NR < s.N; ++p) {
+          const int64_t width = panel_width<V>(s.N, p);
+          const unit* panel = static_cast<const unit*>(s.panels) + p * NR * units<V>(s.K);
+          any_tile<V>(M, units<V>(K), a, direct ? s.ld : kBlock, V::kPack,
+                      panel + k0 / V::kPack * width, width,
+                      static_cast<acc*>(s.sums) + m * s.ld_sums + p * NR, s.ld_sums, k0 > 0);
+        }
+      }
+    }
+  }
+
+  static void narrow_rows(const void* sums, int64_t ld, int64_t M, int64_t N, double scale,
+                          void* out, int64_t ld_out) {
+    const acc factor = static_cast<acc>(scale);
+    for (int64_t m = 0; m < M; ++m) {
+      const acc* from = static_cast<const acc*>(sums) + m * ld;
+      scalar_t* to = static_cast<scalar_t*>(out) + m * ld_out;
+      int64_t n = 0;
+      for (; n + V::kLanes <= N; n += V::kLanes) {
+        V::store_narrow(to + n, V::scale(V::load(from + n), factor));
+      }
+      for (; n < N; ++n) to[n] = narrow<scalar_t>(from[n] * factor);
+    }
+  }
+
+  // sums *= scale, and zero where keep has no bit; the first of `width` columns is n0.
+  static void drop(acc* sums, int64_t width, acc scale, const uint8_t* keep, int64_t n0) {
+    for (int64_t n = 0; n < width; n += V::kLanes) {
+      V::store(sums + n, V::select(keep, n0 + n, V::scale(V::load(sums + n), scale)));
+    }
+  }
+
+  static void expand(const Expand& e) {
+    const auto* base = static_cast<const scalar_t*>(e.base);
+    auto* out = static_cast<scalar_t*>(e.out);
+    const int64_t Q = units<V>(e.first.K) + units<V>(e.second.K);
+    // as many panels at a time as stay in a quarter of L2 while all rows pass
+    const int64_t group = 262144 / (NR * (Q + 1) * sizeof(unit)) + 1;
+    const int64_t panels = ceil_div(e.O, NR);
+    alignas(64) acc sums[MR * NR];
+    for (int64_t p0 = 0; p0 < panels; p0 += group) {
+      for (int64_t m = 0; m < e.M; m += MR) {
+        const int64_t M = least(MR, e.M - m);
+        for (int64_t p = p0; p < least(p0 + group, panels); ++p) {
+          const int64_t n0 = p * NR, width = panel_width<V>(e.O, p);
+          multiply(e.first, m, M, n0, width, sums, false);
+          if (e.keep) {
+            for (int64_t i = 0; i < M; ++i) {
+              drop(sums + i * NR, width, static_cast<acc>(e.scale), e.keep + (m + i) * e.keep_ld,
+                   n0);
+            }
+          }
+          if (e.second.rows) multiply(e.second, m, M, n0, width, sums, true);
+          for (int64_t i = 0; i < M; ++i) {
+            add_row<V>(sums + i * NR, least(NR, e.O - n0),
+                       base ? base + (m + i) * e.ld_base + n0 : nullptr,
+                       out + (m + i) * e.ld_out + n0);
+          }
+        }
+      }
+    }
+  }
+
+  static FLOE_INLINE void multiply(const Term& term, int64_t m, int64_t M, int64_t n0,
+                                   int64_t width, acc* sums, bool add) {
+    constexpr int64_t kUnits = 256;  // longer chains of float32 sums lose digits
+    const int64_t Q = units<V>(term.K);
+    const auto* rows = static_cast<const elem*>(term.rows) + m * term.ld;
+    const auto* panel = static_cast<const unit*>(term.panels) + n0 * Q;
+    int64_t q = 0;
+    do {
+      any_tile<V>(M, least(kUnits, Q - q), rows + q * V::kPack, term.ld, V::kPack,
+                  panel + q * width, width, sums, NR, add || q > 0);
+      q += kUnits;
+    } while (q < Q);
+  }
+
+  static void weight_grad(const RowsOf& rows, int64_t panel, const WeightGrad* grads, int64_t count,
+                          void* scratch) {
+    constexpr int64_t kUnits = 128;  // a packed panel of 48 columns is then half of L1
+    auto* packed = static_cast<unit*>(scratch);
+    auto* sums = reinterpret_cast<acc*>(packed + kUnits * NR);
+    const int64_t n0 = panel * NR, N = least(NR, rows.cols - n0);
+    const int64_t width = panel_width<V>(rows.cols, panel), Q = units<V>(rows.T);
+    for (int64_t q0 = 0; q0 < Q; q0 += kUnits) {
+      const int64_t k0 = q0 * V::kPack, K = least(kUnits * V::kPack, rows.T - k0);
+      acc* to = sums;
+      for (int64_t i = 0; i < count; ++i) {
+        const WeightGrad& grad = grads[i];
+        if (i == 0 || grad.keep != grads[i - 1].keep) {
+          floe::cpu::pack_rows<V>(
+              Rows<scalar_t>{static_cast<const scalar_t*>(rows.data), rows.ld, rows.rows, rows.mask,
+                             grad.keep ? rows.keep : nullptr, rows.keep_ld},
+              k0, K, n0, N, width, packed);
+        }
+        for (int64_t m = 0; m < grad.N; m += MR, to += MR * width) {
+          const auto* a =
+              static_cast<const elem*>(grad.coefficients) + (m * Q + q0 * MR) * V::kPack;
+          any_tile<V>(least(MR, grad.N - m), units<V>(K), a, V::kPack, MR * V::kPack, packed, width,
+                      to, width, q0 > 0);
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      with_dtype<scalar_t>(grads[i].dtype, [&](auto zero) __attribute__((always_inline)) {
+        write_grad<decltype(zero)>(grads[i], Q ? sums : nullptr, width, n0, N);
+      });
+      sums += ceil_div(grads[i].N, MR) * MR * width;
+    }
+  }
+
+  template <typename grad_t>
+  static void write_grad(const WeightGrad& grad, acc* sums, int64_t width, int64_t n0, int64_t N) {
+    for (int64_t m = 0; m < grad.N; ++m) {
+      grad_t* out = static_cast<grad_t*>(grad.out) + m * grad.ld_out + n0;
+      const acc* from = sums + m * width;
+      int64_t n = 0;
+      if (!sums) {
+        for (; n < N; ++n) out[n] = grad_t{};
+      }
+      for (; n + V::kLanes <= N; n += V::kLanes) {
+        V::store_narrow(out + n, V::scale(V::load(from + n), static_cast<acc>(grad.scale)));
+      }
+      for (; n < N; ++n) out[n] = narrow<grad_t>(from[n] * static_cast<acc>(grad.scale));
+    }
+  }
+
+  static void gather_dots(const GatherDots& g) {
+    const auto* x = static_cast<const scalar_t*>(g.x);
+    auto* staged = static_cast<elem*>(g.scratch);
+    for (int64_t m = 0; m < g.M; m += V::kDotM) {
+      const int64_t M = least(V::kDotM, g.M - m);
+      acc* sums = static_cast<acc*>(g.sums) + m * g.ld_sums;
+      const scalar_t* rows[V::kDotM];
+      const elem* dropped[V::kDotM];
+      for (int64_t i = 0; i < M; ++i) {
+        const int64_t t = g.rows ? g.rows[m + i] : g.first + m + i;
+        rows[i] = x + t * g.ld;
+        if (g.keep) {
+          stage_row<V>(rows[i], g.K, g.keep + t * g.keep_ld, 0, staged + i * (g.K + 1));
+          dropped[i] = staged + i * (g.K + 1);
+        }
+      }
+      if (g.keep) {
+        dots<V>(M, dropped, g.N, static_cast<const scalar_t*>(g.w), g.ld_w, g.K, sums, g.ld_sums);
+      } else if (std::is_same_v<scalar_t, float> || g.w_dtype != Dtype::kFloat32) {
+        dots<V>(M, rows, g.N, static_cast<const scalar_t*>(g.w), g.ld_w, g.K, sums, g.ld_sums);
+      } else {  // float32 weights: neither side is rounded
+        dots<typename V::Wide>(M, rows, g.N, static_cast<const float*>(g.w), g.ld_w, g.K, sums,
+                               g.ld_sums);
+      }
+    }
+  }
+
+  static void gather_expand(const GatherExpand& g, int64_t panel, void* scratch) {
+    const int64_t n0 = panel * NR, width = panel_width<V>(g.O, panel), M = g.end - g.begin;
+    auto* sums = static_cast<acc*>(scratch);
+    auto* packed = reinterpret_cast<unit*>(sums + M * NR);
+    alignas(64) acc product[MR * NR];
+    std::memset(sums, 0, M * NR * sizeof(acc));
+    for (const Segment* s = g.segments; s != g.segments + g.num_segments; ++s) {
+      if (s->begin == s->end) continue;
+      const Matrix& w = s->weight;
+      with_dtype<scalar_t>(w.dtype, [&](auto zero) __attribute__((always_inline)) {
+        using w_t = decltype(zero);
+        const Rows<w_t> rows{static_cast<const w_t*>(w.data), w.ld};
+        floe::cpu::pack_rows<V>(rows, 0, w.rows, n0, least(NR, g.O - n0), width, packed);
+      });
+      for (int64_t i = s->begin; i < s->end; i += MR) {
+        const int64_t count = least(MR, s->end - i);
+        multiply({static_cast<const elem*>(g.slots), g.ld_slots, w.rows, packed}, i, count, 0,
+                 width, product, false);
+        for (int64_t j = 0; j < count; ++j) {
+          acc* to = sums + (g.tokens[i + j] - g.begin) * NR;
+          for (int64_t n = 0; n < width; n += V::kLanes) {
+            V::store(to + n, V::add(V::load(to + n), V::load(product + j * NR + n)));
+          }
+        }
+      }
+    }
+    for (int64_t m = 0; m < M && g.keep; ++m) {
+      drop(sums + m * NR, width, static_cast<acc>(g.scale), g.keep + (g.begin + m) * g.keep_ld, n0);
+    }
+    for (int64_t m = 0; m < M && g.second.rows; m += MR) {
+      multiply(g.second, g.begin + m, least(MR, M - m), n0, width, sums + m * NR, true);
+    }
+    const auto* base = static_cast<const scalar_t*>(g.base);
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t t = g.begin + m;
+      add_row<V>(sums + m * NR, least(NR, g.O - n0), base ? base + t * g.ld_base + n0 : nullptr,
+                 static_cast<scalar_t*>(g.out) + t * g.ld_out + n0);
+    }
+  }
+
+  static constexpr Kernels table(Dtype elem_dtype) {
+    return {elem_dtype,   V::kPack,      MR,      NR,           V::kLanes, &pack_columns,
+            &pack_rows,   &keep_bits,    &shrink, &narrow_rows, &expand,   &weight_grad,
+            &gather_dots, &gather_expand};
+  }
+};
+
+}  // namespace
+}  // namespace floe::cpu
