@@ -162,8 +162,8 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     if skip() != "[":
         raise wrong("must be an array of records")
     at += 1
-    more = skip() != "]"
-    while more:
+    mark = skip()
+    while mark != "]":
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
@@ -174,14 +174,13 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         line += text.count("\n", at, end)
         at = end
         mark = skip()
-        if mark not in (",", "]") or not mark:
+        if mark == ",":
+            at += 1
+            skip()
+        elif mark != "]":
             raise wrong("records must be separated by commas and end with ]")
-        at += 1
-        more = mark == ","
-        skip()
-    if at < len(text):
-        skip()
-    if at < len(text):
+    at += 1
+    if skip():
         raise wrong("nothing may follow the array")
 
 
