@@ -177,9 +177,9 @@ def test_no_spectra(method):
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80), (1, 9)])
-@pytest.mark.parametrize("chunk", [1, 200, 2**20])
+@pytest.mark.parametrize("chunk", [1, 200, 2**22])
 def test_gram_against_singular_values(shape, chunk, monkeypatch):
-    monkeypatch.setattr(spectrum, "BLOCK", chunk)
+    monkeypatch.setattr(spectrum, "SLICE", chunk)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.02
     got, truth = gram_eigenvalues(weight), torch.linalg.svdvals(weight.double()).flip(0).square()
     peer = torch.linalg.svdvals(weight).flip(0).square()
@@ -246,7 +246,7 @@ def test_gram_never_widens_the_whole_weight(transposed):
 def test_distances_never_fill_a_square():
     with LargestAllocation() as seen:
         hill_alpha(pareto(2.0, 4000), method="fix_finger_compat")  # 122 MiB as one matrix
-    assert 2**20 < seen.largest <= 2**23
+    assert 2**20 < seen.largest <= 2**21
 
 
 @pytest.mark.parametrize(
