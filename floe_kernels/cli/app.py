@@ -3,8 +3,10 @@
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -42,6 +44,13 @@ def run(arguments: Sequence[str]) -> int:
     rest = [argument for argument in arguments if argument != "--debug"]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "the plan was made on")
+        warnings.showwarning = _warn
+        return _run(rest, debug)
+
+
+def _run(rest: list[str], debug: bool) -> int:
     try:
         code = app(rest, prog_name="floe", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -72,11 +81,19 @@ def sentence(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
+def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    _error(f"warning: {message}".splitlines()[0])
+
+
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(f"error: {message}")
+    _error(f"error: {message}")
     return code
+
+
+def _error(line: str) -> None:
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(line)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -59,9 +59,8 @@ class PeakMemory:
         """Return the peak so far in bytes, or None where it cannot be measured."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        if "high-water" in self.method:
-            return _status("VmHWM")
-        now = _status("VmRSS")
+        # the kernel's counters are exact to a few pages a processor, so keep the highest seen
+        now = _status("VmHWM" if "high-water" in self.method else "VmRSS")
         if now is not None:
             self._highest = max(self._highest, now)
         return self._highest or None

@@ -84,7 +84,7 @@ def test_neither_side_of_a_split_is_empty(fraction):
 
 
 def test_one_question_cannot_be_split():
-    with pytest.raises(ValueError, match="at least 2 different questions .* got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 different questions .* got 1"):
         split_records([Record("q", "", "a")] * 5, 0.5, seed=0)
 
 
@@ -108,6 +108,8 @@ def test_library_functions_are_documented_and_split_by_module():
 
 
 def test_functions_keep_their_decorators_and_what_does_not_parse_is_skipped():
-    source = "class A:\n    @property\n    def f(self):\n        'Doc.'\n\n    def g(self):\n        0\n"
+    source = (
+        "class A:\n    @property\n    def f(self):\n        'Doc.'\n\n    def g(self):\n        0\n"
+    )
     assert list(documented_functions(source)) == ["@property\ndef f(self):\n    'Doc.'"]
     assert list(documented_functions("def f(:")) == []

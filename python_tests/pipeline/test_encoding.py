@@ -64,9 +64,9 @@ def test_draws_are_repeatable_and_differ_by_name_and_seed():
 def test_the_chat_template_is_used_and_only_the_answer_counts(tokenizer):
     samples, cut = encode_records([Record("Add 1 and 2 .", "w3", "w4")], tokenizer, 64)
     batch = samples.batch([0])
-    text = tokenizer.decode(batch["input_ids"][0])
+    text = tokenizer.decode(batch["input_ids"][0]).replace("<unk>", "?")
     # "user" and "assistant" are not in the vocabulary
-    assert text.split() == "<unk> <unk> Add 1 and 2 . w3 </s> <unk> <unk> w4 </s>".split()
+    assert " ".join(text.split()) == "? ? Add 1 and 2 . w3 </s> ? ? w4 </s>"
     counted = batch["labels"][0]
     assert tokenizer.decode(counted[counted != IGNORE]).split() == ["w4", "</s>"]
     assert cut == 0
@@ -104,7 +104,8 @@ def test_long_samples_lose_the_start_of_the_prompt_then_the_end_of_the_answer(pl
 def test_texts_become_full_blocks_with_ends_between(tokenizer):
     samples = encode_texts(["w1 w2 w3", "w4 w5 w6 w7"], tokenizer, 3)
     assert len(samples) == 3  # 9 tokens with the two ends
-    assert tokenizer.decode(samples.tokens).split() == "w1 w2 w3 </s> w4 w5 w6 w7 </s>".split()
+    text = " ".join(tokenizer.decode(samples.tokens).split())
+    assert text == "w1 w2 w3 </s> w4 w5 w6 w7 </s>"
     assert samples.loss_tokens() == 6
     assert len(encode_texts(["w1 w2 w3 w4"], tokenizer, 3)) == 1  # what is left over goes
     assert len(encode_texts(["w1"], tokenizer, 30).tokens) == 2  # unless it is all there is

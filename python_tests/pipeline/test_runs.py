@@ -14,6 +14,11 @@ from floe_kernels.pipeline.history import History
 from floe_kernels.pipeline.runs import clear_run, load_run, open_run
 
 
+def visit(folder, command="tune", arguments=None, resume=False):
+    with open_run(folder, command, arguments or {}, resume=resume):
+        pass
+
+
 def test_a_run_is_taken_up_where_it_was(tmp_path):
     with open_run(tmp_path / "r", "tune", {"seed": 1, "data": "d"}) as run:
         run.pin(model="abc")
@@ -39,14 +44,13 @@ def test_a_run_is_taken_up_where_it_was(tmp_path):
 def test_another_run_is_refused(tmp_path, command, arguments, resume, error, message):
     with open_run(tmp_path, "tune", {"seed": 1}):
         pass
-    with pytest.raises(error, match=message), open_run(tmp_path, command, arguments, resume=resume):
-        pass
+    with pytest.raises(error, match=message):
+        visit(tmp_path, command, arguments, resume)
 
 
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
-        with open_run(tmp_path / "r", "tune", {}, resume=True):
-            pass
+        visit(tmp_path / "r", resume=True)
     assert not (tmp_path / "r").exists()
 
 
@@ -64,8 +68,7 @@ def test_a_second_process_is_told_and_the_lock_dies_with_the_first(tmp_path):
     try:
         assert ready.wait(30)
         with pytest.raises(BlockingIOError, match=f"process {first.pid} does: wait for it"):
-            with open_run(tmp_path, "tune", {}, resume=True):
-                pass
+            visit(tmp_path, resume=True)
     finally:
         first.kill()
         first.join()
@@ -154,8 +157,7 @@ def test_a_file_that_outgrows_its_limit_leaves_the_old_one(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write there") as caught:
-        with open_run(tmp_path / folder, "tune", {}):
-            pass
+        visit(tmp_path / folder)
     assert caught.value.filename == str(tmp_path / folder)
 
 

@@ -156,7 +156,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(adapted, samples):
     model = adapted()
     with torch.no_grad():
         model.lm_head.weight[7] = math.inf
-    with pytest.raises(FloatingPointError, match=r"must stay finite, got .* in step 1: try a lower"):
+    with pytest.raises(
+        FloatingPointError, match=r"must stay finite, got .* in step 1: try a lower"
+    ):
         train(model, samples, Recipe(2, 3))
 
 
