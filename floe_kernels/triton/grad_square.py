@@ -18,7 +18,6 @@ from torch import Tensor
 from floe_kernels import reference
 from floe_kernels.triton.launch import (
     Dropout,
-    Tile,
     arithmetic,
     options,
     parts,
@@ -270,7 +269,7 @@ def grad_squares(
         DROPOUT=dropout is not None and dropout.active,
         DTYPE=DTYPES[dtype], **arithmetic(x),
         BLOCK_T=tile.depth, BLOCK_D=tile.rows, BLOCK_R=tile.columns,
-        **options(tile.warps, tile.stages),
+        **options(tile.warps, tile.stages, x.device),
     )  # fmt: skip
     if sums > 1:
         sizes = (size if grad is not None else 0, size if square is not None else 0)

@@ -94,7 +94,7 @@ def gate_gradients(
         "BLOCK_E": block_e, "BLOCK_K": block_k,
     }  # fmt: skip
     products = {"HAS_MASK": mask is not None, **arithmetic(dy)}
-    launch = options(tile.warps, tile.stages)
+    launch = options(tile.warps, tile.stages, dy.device)
     row_blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(o, tile.depth)
     fits = 0 < r <= tile.columns and e <= MOST_EXPERTS_IN_TILE and not shared_A
     if n >= SPLIT_BELOW and fits:
@@ -156,7 +156,7 @@ def weight_gradient(
             n, d, r, e, triton.cdiv(steps, split), HAS_G=has_g, HAS_G2=has_g2,
             HAS_MASK=mask is not None, DROPOUT=active, PARTS=split > 1, **arithmetic(x),
             BLOCK_N=tile.depth, BLOCK_D=tile.rows, BLOCK_R=tile.columns, BLOCK_E=block_e,
-            **options(tile.warps, tile.stages),
+            **options(tile.warps, tile.stages, x.device),
         )  # fmt: skip
 
     if r and router_blocks == 1:

@@ -75,7 +75,7 @@ def shrink_and_route(
     tile, owners = shrink_tile(x, c), column_experts(ranks, x.device)
     block_e, block_k = block(e, MOST_EXPERTS_IN_TILE), block(top_k, 1 << 16, 1)
     products = {"HAS_MASK": mask is not None, "DROPOUT": dropout.active, **arithmetic(x)}
-    launch = options(tile.warps, tile.stages)
+    launch = options(tile.warps, tile.stages, x.device)
     row_blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(i, tile.depth)
     drop = (dropout.threshold, dropout.keep_scale)
     routing = {"K": top_k, "RENORMALIZE": renormalize, "SHARED": shared_A, "BLOCK_K": block_k}
@@ -141,7 +141,7 @@ def update(
         left.stride(0), left2.stride(0) if left2 is not None else 0, n, o, r, e,
         HAS_BASE=base is not None, HAS_SECOND=second, DROPOUT=active, **arithmetic(left),
         BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_R=tile.depth, BLOCK_E=block(e, 64),
-        **options(tile.warps, tile.stages),
+        **options(tile.warps, tile.stages, left.device),
     )  # fmt: skip
     return out
 
