@@ -1,6 +1,7 @@
 """The operation ``fisher``: a layer's backward with the sums of its per-sample squared gradients.
 
-Results are dA, dB and FA, FB = sum over samples of (sum over the sample's tokens)^2, elementwise.
+Results are dx, dA, dB and FA, FB = sum over samples of (sum over the sample's tokens)^2,
+elementwise.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ def squares(sample_gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             grad = grads[name].to(torch.promote_types(grads[name].dtype, torch.float32))
             total[name] = total.get(name, 0) + grad
             total[short] = total.get(short, 0) + grad.square()
-    return total
+    return {"dx": torch.cat([grads["dx"] for grads in sample_gradients]), **total}
 
 
 def truth(inputs: MoELoRAInputs) -> dict[str, Tensor]:

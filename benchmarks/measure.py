@@ -1,5 +1,6 @@
 """Measures one case: checks every provider, times the right ones in turn, counts memory."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -136,20 +137,12 @@ def rounded(value: Spread) -> list[float]:
 
 
 def describe(case: Any) -> dict[str, Any]:
-    """Return the case as JSON can hold it."""
-    return {
-        "name": case.name,
-        "T": case.tokens,
-        "I": case.inputs,
-        "O": case.outputs,
-        "E": case.experts,
-        "K": case.top_k,
-        "R": case.columns,
-        "ranks": list(case.ranks) if case.equal_rank is None else case.equal_rank,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "adapter_dtype": str(case.adapter_dtype or case.dtype).removeprefix("torch."),
-        "shared_A": case.shared_A,
-        "routing": case.routing,
-        "samples": case.samples,
-        "source": case.source,
-    }
+    """Return the case as JSON can hold it, without what is empty."""
+    facts = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name != "tags"}
+    facts |= {n: getattr(case, n) for n in ("experts", "columns") if hasattr(case, n)}
+    for name in ("dtype", "adapter_dtype"):
+        if facts.get(name) is not None:
+            facts[name] = str(facts[name]).removeprefix("torch.")
+    if "ranks" in facts and case.equal_rank is not None:
+        facts["ranks"] = case.equal_rank
+    return {n: v for n, v in facts.items() if v not in (None, "", False)}

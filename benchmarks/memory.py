@@ -1,5 +1,6 @@
 """Memory and launches of one call: what is saved, the peak, and how many kernels run."""
 
+import gc
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ def saved_bytes(step: Step) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = step.forward()
-    total = sum(kept.values())
-    del out
-    return total
+    step.backward(out)  # hooks of peers count forwards and backwards, and must meet both
+    return sum(kept.values())
 
 
 def peak_bytes(step: Step, device: str) -> int:
@@ -39,6 +39,7 @@ def peak_bytes(step: Step, device: str) -> int:
         step.backward(step.forward())
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step.backward(step.forward())
     live = peak = 0

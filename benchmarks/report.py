@@ -1,6 +1,6 @@
 """Turns records into tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -9,7 +9,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def with_spread(value: list[float] | None) -> str:
+def with_spread(value: Sequence[float] | None) -> str:
     """Format [median, 20 %, 80 %]."""
     if value is None:
         return ""
@@ -63,10 +63,52 @@ def markdown(header: Iterable[str], rows: list[list[str]]) -> str:
 def title(line: dict[str, Any]) -> str:
     """Return the heading of one case's table."""
     c = line["case"]
-    return (
-        f"{line['op']} {line['mode']}, {c['name']}: T={c['T']} {c['I']}x{c['O']} E={c['E']} "
-        f"R={c['R']} K={c['K']} {c['dtype']}, routing {c['routing']}, {line['machine']}"
-    )
+    parts = [f"T={c['tokens']}", f"{c['inputs']}x{c.get('outputs', c['columns'])}"]
+    parts += [f"E={c['experts']}, K={c['top_k']}"] if "experts" in c else []
+    parts += [f"R={c['columns']}"]
+    parts += [f"{c['samples']} samples"] if c.get("samples", 1) > 1 else []
+    parts += [c["dtype"]] + ([f"{c['routing']} routing"] if c.get("routing", "even") != "even" else [])
+    where = f"{line['machine']}, {line.get('threads', line['cores'])} cores"
+    return f"{line['op']} {line['mode']}, {c['name']}: {', '.join(parts)}; {where}"
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """Return one row a case: ours, the best right peer, and how the overheads compare."""
+    header = (
+        "operation", "case", "base ms", "ours / base", "best peer", "peer / base",
+        "our overhead / peer's", "of ceiling", "saved MB, ours", "saved MB, peer",
+    )  # fmt: skip
+    rows = []
+    for case in by_case(lines):
+        named = {r["provider"]: r for r in case}
+        base = next((r for r in case if r["role"] == "base" and "ms" in r), None)
+        for ours in (r for r in case if r["role"] == "ours"):
+            peer = named.get(ours.get("best_peer", ""), {})
+            of_ceiling = "" if "fraction" not in ours else f"{100 * ours['fraction']:.0f} %"
+            label = ours["case"]["name"] + " (graphed)" * ("graphed" in ours["provider"])
+            verdict = with_spread(ours.get("over_base"))
+            rows.append([
+                f"{ours['op']} {ours['mode']}",
+                label,
+                number(base["ms"][0]) if base else "",
+                verdict if ours["status"] == "ok" else f"{ours['status'].upper()}: {ours['why']}",
+                peer.get("provider", ""),
+                with_spread(peer.get("over_base")),
+                with_spread(ours.get("overhead_over_best_peer")),
+                of_ceiling,
+                size(ours.get("saved_bytes")),
+                size(peer.get("saved_bytes")),
+            ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def by_case(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group records by machine, operation, mode and case, in the order they came."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        key = (line["machine"], line["op"], line["mode"], line["case"]["name"])
+        groups.setdefault(key, []).append(line)
+    return list(groups.values())
 
 
 def case_table(lines: list[dict[str, Any]]) -> str:
@@ -75,4 +117,10 @@ def case_table(lines: list[dict[str, Any]]) -> str:
     ranked = sorted(
         lines, key=lambda r: (order[r["status"]], r["role"] != "base", r.get("ms", [0])[0])
     )
-    return f"### {title(lines[0])}\n\n{markdown(COLUMNS, [row(r) for r in ranked])}\n"
+    timed = [r for r in lines if "rounds" in r]
+    few = min((r["quiet_rounds"] for r in timed), default=0)
+    noise = ""
+    if timed and few < timed[0]["rounds"]:
+        noise = f"\nOf {timed[0]['rounds']} rounds at least {few} were quiet for every provider.\n"
+    table = markdown(COLUMNS, [row(r) for r in ranked])
+    return f"### {title(lines[0])}\n\n{table}\n{noise}"

@@ -1,12 +1,14 @@
 """This machine's own ceilings, measured, and what fraction of them a time is."""
 
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Clock
 from benchmarks.registry import Step
+from benchmarks.timing import DISTURBED, Clock
 
 
 @cache
@@ -22,22 +24,28 @@ def cache_bytes(device: str) -> int:
 
 
 class _Work(Step):
-    def __init__(self, run) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
         self.run = run
 
     def forward(self) -> torch.Tensor:
         return self.run()
 
 
-def _best(run, device: str, repeats: int = 7) -> float:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _best(run: Callable[[], torch.Tensor], device: str) -> float:
+    """Return the least seconds of a call: until enough were undisturbed, or patience ends."""
     clock, work = Clock(device), [_Work(run)]
     clock.time(work, "fwd")
-    return min(clock.time(work, "fwd") for _ in range(repeats))
+    seconds, quiet, start = [], 0, time.perf_counter()
+    while quiet < 7 and time.perf_counter() - start < 5.0:
+        taken, waited = clock.sample(work, "fwd")
+        seconds.append(taken)
+        quiet += waited <= DISTURBED
+    return min(seconds)
 
 
 @cache
 def peak_flops(dtype: torch.dtype, device: str) -> float:
-    """Return FLOP/s of a large square matrix product of random numbers; the best of seven."""
+    """Return FLOP/s of a large square matrix product of random numbers."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _best(lambda: a @ b, device)
@@ -45,7 +53,7 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 @cache
 def peak_bandwidth(device: str) -> float:
-    """Return bytes/s of a copy far larger than the cache, read plus written; the best of seven."""
+    """Return bytes/s of a copy far larger than the cache, read plus written."""
     count = (2**30 if device == "cuda" else max(2**26, 2 * cache_bytes(device))) // 4 * 4
     source = torch.randint(2**31 - 1, (count // 4,), device=device, dtype=torch.int32)
     target = torch.empty_like(source)

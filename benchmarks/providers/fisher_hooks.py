@@ -77,7 +77,7 @@ class HookStep(Step):
         A, B = list(self.experts.A), list(self.experts.B)
         FA = torch.cat([self.square(layer) for layer in A])
         FB = torch.cat([self.square(layer).T for layer in B])
-        results = {"FA": FA, "FB": FB}
+        results = {"FA": FA, "FB": FB, "dx": self.x.grad.flatten(0, 1)}
         if A[0].weight.grad is not None:
             results["dA"] = torch.cat([layer.weight.grad for layer in A])
             results["dB"] = torch.cat([layer.weight.grad.T for layer in B])
@@ -174,8 +174,8 @@ class KronfluenceStep(HookStep):
 
 
 def squares_truth(inputs: MoELoRAInputs) -> dict[str, Tensor]:
-    """Return the squares without the gradients."""
-    return {name: value for name, value in truth(inputs).items() if name[0] == "F"}
+    """Return the results without the gradients of the parameters."""
+    return {name: value for name, value in truth(inputs).items() if name not in ("dA", "dB")}
 
 
 def needs(package: str, step: type[HookStep]) -> Any:

@@ -25,14 +25,14 @@ def gradients_truth(inputs: MoELoRAInputs) -> dict[str, Tensor]:
 
 
 class GradientsOnly(Step):
-    """A layer's step with dA and dB alone among its results."""
+    """A layer's step with its gradients alone among its results."""
 
     def __init__(self, step: Step) -> None:
         self.step, self.forward, self.backward = step, step.forward, step.backward  # type: ignore[method-assign]
 
     def results(self) -> dict[str, Tensor]:
         results = self.step.results()
-        return {name: results[name] for name in ("dA", "dB")}
+        return {name: results[name] for name in ("dx", "dA", "dB")}
 
     def held(self) -> list[Tensor]:
         return self.step.held()
@@ -80,7 +80,7 @@ class OurSquares(AutogradStep):
         for total in self.sums:
             total.zero_()
         grads = super().results()
-        return {"dA": grads["dA"], "dB": grads["dB"], "FA": self.sums[0], "FB": self.sums[1]}
+        return {**grads, "FA": self.sums[0], "FB": self.sums[1]}
 
 
 @FISHER.provide("ours", "ours", role="ours")
@@ -127,14 +127,16 @@ def loop(inputs: MoELoRAInputs) -> Step:
     def run() -> dict[str, Tensor]:
         FA, FB = (torch.zeros(t.shape, device=t.device) for t in (inputs.lora_A, inputs.lora_B))
         dA, dB = torch.zeros_like(FA), torch.zeros_like(FB)
+        dx = []
         for step in steps:
-            _dx, shrink, grad_B = step.backward(step.forward())
+            grad_x, shrink, grad_B = step.backward(step.forward())
+            dx.append(grad_x)
             grad_A, grad_B = shrink[: len(FA)].float(), grad_B.float()
             dA += grad_A
             dB += grad_B
             FA.addcmul_(grad_A, grad_A)
             FB.addcmul_(grad_B, grad_B)
-        return {"dA": dA, "dB": dB, "FA": FA, "FB": FB}
+        return {"dx": torch.cat(dx), "dA": dA, "dB": dB, "FA": FA, "FB": FB}
 
     return Whole(run, inputs)
 
@@ -152,14 +154,16 @@ def vmap(inputs: MoELoRAInputs) -> Step:
         y = forward(case, x, inputs.weight, *leaves, inputs.scaling, ones, in_place=False)
         return (y.float() * grad_out.float()).sum()
 
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=samples)
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    per_sample = torch.func.vmap(gradient, in_dims=(None, 0, 0), chunk_size=samples)
 
     def run() -> dict[str, Tensor]:
         x = inputs.x.view(case.samples, -1, case.inputs)
         grad_out = inputs.grad_out.view(case.samples, -1, case.outputs)
-        grads = per_sample((shrink, inputs.lora_B), x, grad_out)
+        grads, dx = per_sample((shrink, inputs.lora_B), x, grad_out)
         GA, GB = grads[0][:, : len(inputs.lora_A)].float(), grads[1].float()
-        return {"dA": GA.sum(0), "dB": GB.sum(0), "FA": squared(GA), "FB": squared(GB)}
+        sums = {"dA": GA.sum(0), "dB": GB.sum(0), "FA": squared(GA), "FB": squared(GB)}
+        return {"dx": dx.flatten(0, 1), **sums}
 
     return Whole(run, inputs)
 
@@ -181,14 +185,14 @@ class Materialised(Step):
     def backward(self, out: Tensor) -> dict[str, Tensor]:
         case, saved = self.inputs.case, out.grad_fn.saved_tensors  # type: ignore[union-attr]
         x, _weight, _shrink, lora_B, scaling, ones, zl, kept, experts = saved
-        _dx, shrink, dB = self.step.backward(out)
+        dx, shrink, dB = self.step.backward(out)
         dense = kept.new_zeros(len(x), case.experts).scatter_(1, experts, kept)
         z = zl[:, : case.columns]
         dy = self.inputs.grad_out
         u = dy @ lora_B.to(x.dtype).T
         dz, h = (spread(case, dense, t, scaling, ones) for t in (u, z.contiguous()))
-        dA = shrink[: case.columns]
-        return {"dA": dA, "dB": dB, "FA": self.squares(dz, x, experts), "FB": self.squares(h, dy, experts)}
+        FA, FB = self.squares(dz, x, experts), self.squares(h, dy, experts)
+        return {"dx": dx, "dA": shrink[: case.columns], "dB": dB, "FA": FA, "FB": FB}
 
     def squares(self, g: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         """Return the sum of the squares of the samples' g_i^T x_i."""

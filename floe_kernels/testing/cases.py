@@ -191,25 +191,25 @@ PUBLISHED = [
         "hydralora-q", 4096, 4096, 3, 8, "published shared",
         f"HydraLoRA (arXiv 2404.19245) on {LLAMA2_7B}", top_k=3, shared_A=True,
     ),
-    _case("llama1b-q", 2048, 2048, 8, 16, "published quick gpu", LLAMA_1B),
+    _case("llama1b-q", 2048, 2048, 8, 16, "published", LLAMA_1B),
     _case("llama1b-kv", 2048, 512, 8, 16, "published", LLAMA_1B),
     _case("llama1b-gate", 2048, 8192, 8, 16, "published", LLAMA_1B),
     _case("llama1b-down", 8192, 2048, 8, 16, "published", LLAMA_1B),
-    _case("llama8b-q", 4096, 4096, 8, 16, "published gpu", LLAMA_8B),
-    _case("llama8b-gate", 4096, 14336, 8, 16, "published gpu", LLAMA_8B),
-    _case("llama8b-down", 14336, 4096, 8, 16, "published gpu", LLAMA_8B),
+    _case("llama8b-q", 4096, 4096, 8, 16, "published", LLAMA_8B),
+    _case("llama8b-gate", 4096, 14336, 8, 16, "published", LLAMA_8B),
+    _case("llama8b-down", 14336, 4096, 8, 16, "published", LLAMA_8B),
     _case("mistral-kv", 4096, 1024, 8, 16, "published", MISTRAL_7B),
-    _case("smollm-q", 576, 576, 4, 8, "published quick", "SmolLM2-135M, arXiv 2502.02737"),
+    _case("smollm-q", 576, 576, 4, 8, "published", "SmolLM2-135M, arXiv 2502.02737"),
 ]  # fmt: skip
 SKEWED = [
-    _case("hot-expert", 1024, 1024, 8, 16, "skew gpu", routing="hot"),
-    _case("zipf", 1024, 1024, 8, 16, "skew quick gpu", routing="zipf"),
+    _case("hot-expert", 1024, 1024, 8, 16, "skew", routing="hot"),
+    _case("zipf", 1024, 1024, 8, 16, "skew", routing="zipf"),
     _case("hot-large-R", 1024, 1024, 64, 16, "skew", routing="hot"),
-    _case("zipf-large-R", 1024, 1024, 64, 16, "skew gpu", routing="zipf"),
+    _case("zipf-large-R", 1024, 1024, 64, 16, "skew", routing="zipf"),
 ]
 UNEVEN = [
     dataclasses.replace(
-        _case("uneven-ranks", 1024, 1024, 8, 16, "uneven quick gpu"),
+        _case("uneven-ranks", 1024, 1024, 8, 16, "uneven"),
         ranks=(2, 4, 8, 16, 16, 24, 26, 32),
     ),
     dataclasses.replace(
@@ -218,12 +218,12 @@ UNEVEN = [
 ]
 #: Speed against T, at one shape.
 T_SWEEP = [
-    _case(f"T{t}", 1024, 1024, 8, 16, "t-sweep" + " quick" * (t in (1, 64, 512)), tokens=t)
+    _case(f"T{t}", 1024, 1024, 8, 16, "t-sweep" + "" * (t in (1, 64, 512)), tokens=t)
     for t in (1, 8, 64, 512, 2048, 8192, 32768)
 ]
 #: Speed against R, at one shape: few experts of large rank, then many of small.
 R_SWEEP = [
-    _case(f"R{e * r}-E{e}", 1024, 1024, e, r, "r-sweep" + " quick" * (e * r == 1024), tokens=1024)
+    _case(f"R{e * r}-E{e}", 1024, 1024, e, r, "r-sweep" + "" * (e * r == 1024), tokens=1024)
     for e, r in ((4, 8), (8, 16), (16, 16), (32, 16), (64, 16), (64, 32), (64, 64))
 ]
 #: The shapes the goals for an H100 are stated at.
@@ -272,11 +272,11 @@ def fisher_cases() -> list[MoELoRACase]:
     hook into linear layers see whole samples, and are right.
     """
     lists = [
-        _fisher("dense-r16-len512", 1, 16, 8, 512, "dense quick gpu", top_k=1),
+        _fisher("dense-r16-len512", 1, 16, 8, 512, "dense", top_k=1),
         _fisher("dense-r64-len128", 1, 64, 16, 128, "dense", top_k=1),
-        _fisher("routed-r16-len512", 8, 16, 8, 512, "routed gpu"),
-        _fisher("routed-r16-len128", 8, 16, 16, 128, "routed quick gpu"),
-        _fisher("routed-r64-len128", 8, 64, 16, 128, "routed gpu"),
+        _fisher("routed-r16-len512", 8, 16, 8, 512, "routed"),
+        _fisher("routed-r16-len128", 8, 16, 16, 128, "routed"),
+        _fisher("routed-r64-len128", 8, 64, 16, 128, "routed"),
         _fisher("routed-r16-len32", 8, 16, 64, 32, "routed"),
         _fisher("routed-r16-len8", 8, 16, 128, 8, "routed"),
     ]
@@ -346,7 +346,6 @@ def grad_square_cases() -> list[GradSquareCase]:
             rank,
             8192 // length,
             dtype,
-            tags=frozenset(["quick"] * (rank == 16 and length in (32, 512)) + ["gpu"]),
         )
         for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
         for rank in (16, 64)
