@@ -22,7 +22,6 @@ app = typer.Typer(
     name="floe",
     help="Find out which layers of a language model deserve experts, and train them (FLoE). "
     "--debug anywhere shows the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -41,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code; see :func:`floe_kernels.cli.main`.
     """
     debug = "--debug" in arguments
-    rest = [argument for argument in arguments if argument != "--debug"]
+    rest = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     with warnings.catch_warnings():

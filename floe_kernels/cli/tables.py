@@ -1,6 +1,7 @@
 """Tables on the terminal."""
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -24,7 +25,9 @@ def print_table(
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if i >= numbers else "left", no_wrap=i == 0)
+        word = max(map(len, heading.split()), default=0)
+        side: Literal["left", "right"] = "right" if i >= numbers else "left"
+        table.add_column(Text(heading), justify=side, no_wrap=i == 0, min_width=word)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table, soft_wrap=False)

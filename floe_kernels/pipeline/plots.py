@@ -59,7 +59,7 @@ def importance_plot(scores: Mapping[str, float], kept: Sequence[str], title: str
         )  # fmt: skip
         axes.set_ylim(0, 1.14 * top)
         axes.set_xlim(-0.7, len(scores) - 0.3)
-        every = max(1, len(scores) // 16)
+        every = max(1, -(-len(scores) // 16))
         axes.set_xticks(list(places)[::every], [str(i) for i in places][::every])
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("layer")

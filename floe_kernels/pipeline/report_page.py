@@ -16,6 +16,7 @@ svg {{ width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 0.875rem; margin: 1rem 0; }}
 th, td {{ text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd;
   overflow-wrap: anywhere; vertical-align: top; }}
+td:first-child {{ white-space: nowrap; }}
 th {{ border-bottom: 2px solid #888; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 pre {{ background: #f4f6f5; padding: 0.8rem; overflow-x: auto; font-size: 0.875rem; }}

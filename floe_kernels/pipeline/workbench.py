@@ -64,7 +64,7 @@ class Workbench:
         targets = [name.strip() for name in options.targets.split(",") if name.strip()]
         self.modules = find_modules(self.model, targets or None)
         self.fingerprint = fingerprint(self.model)
-        run.pin(model=self.fingerprint[:SHORT], **dataset.facts())
+        run.pin(weights=self.fingerprint[:SHORT], **dataset.facts())
 
     def base_loss(self) -> float:
         """Evaluate the model without adapters."""
