@@ -4,5 +4,6 @@ from floe_kernels.scores.collector import FisherCollector
 from floe_kernels.scores.fisher import fisher
 from floe_kernels.scores.record import FisherRecord
 from floe_kernels.scores.sensitivity import sensitivity
+from floe_kernels.scores.spectral import spectral
 
-__all__ = ["FisherCollector", "FisherRecord", "fisher", "sensitivity"]
+__all__ = ["FisherCollector", "FisherRecord", "fisher", "sensitivity", "spectral"]
