@@ -129,7 +129,7 @@ def list_tiles_kernel(
     begin, end, expert = _group_range(start_ptr, group, groups, E, H, K, J, BY)
     tiles = ((end - begin + ROWS - 1) // ROWS).to(tl.int32)
     for i in range(tiles):
-        out = tile_ptr + (before + i).to(tl.int64) * 4
+        out = tile_ptr + (before + i) * 4
         first = begin + i * ROWS
         tl.store(out, first)
         tl.store(out + 1, tl.minimum(end - first, ROWS))
@@ -149,7 +149,7 @@ class Pairs(NamedTuple):
     blocks: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many pairs there are at most."""
         return len(self.pair)
 
@@ -186,7 +186,7 @@ def list_tiles(pairs: Pairs, by: int, rows: int) -> Tiles:
         groups *= pairs.chunks
     if by == BY_SLOT:
         groups *= pairs.slots
-    bound = triton.cdiv(pairs.count, rows) + groups
+    bound = triton.cdiv(pairs.total, rows) + groups
     tile = pairs.pair.new_zeros(bound, 4)
     group = pairs.pair.new_empty(groups + 1, 2, dtype=torch.int32)
     list_tiles_kernel[(groups + 1,)](

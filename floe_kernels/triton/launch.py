@@ -4,6 +4,7 @@ Every number here follows from shapes and dtypes alone, so that a run repeats bi
 searched for at run time.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -57,13 +58,15 @@ def options(
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def use_groups(num_columns: int, top_k: int, shared_A: bool) -> bool:
+def use_groups(ranks: Sequence[int], top_k: int, shared_A: bool) -> bool:
     """Choose the regime: sort tokens by expert, or compute every packed column and mask.
 
     All columns cost one read of x while they are memory-bound, that is up to about 256 (the
     ratio of an H100's bf16 arithmetic to its bandwidth); sorted tokens are read ``top_k`` times.
+    A tile of the sorted products holds all of an expert's columns, 128 at most.
     """
-    return not shared_A and num_columns > 256 * max(top_k, 1.5)
+    fits = not shared_A and max(ranks, default=0) <= 128
+    return fits and sum(ranks) > 256 * max(top_k, 1.5)
 
 
 def block(size: int, most: int, least: int = 16) -> int:
@@ -100,6 +103,18 @@ def column_experts(ranks: Sequence[int], device: torch.device) -> Tensor:
         owners = [e for e, rank in enumerate(ranks) for _ in range(rank)]
         _COLUMN_EXPERTS[key] = torch.tensor(owners, dtype=torch.int32, device=device)
     return _COLUMN_EXPERTS[key]
+
+
+_EXPERT_COLUMNS: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def expert_columns(ranks: Sequence[int], device: torch.device) -> Tensor:
+    """Return every expert's first packed column and the end, ``(E + 1,)`` int32; kept likewise."""
+    key = (tuple(ranks), device)
+    if key not in _EXPERT_COLUMNS:
+        columns = [0, *itertools.accumulate(ranks)]
+        _EXPERT_COLUMNS[key] = torch.tensor(columns, dtype=torch.int32, device=device)
+    return _EXPERT_COLUMNS[key]
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from floe_kernels.triton.launch import (
     options,
     parts,
     rows_of,
+    use_groups,
     weight_tile,
 )
 from floe_kernels.triton.moe_lora_forward import Routed, update
@@ -36,6 +37,13 @@ from floe_kernels.triton.moe_lora_gate import (
     gate_kernel,
     gate_part_kernel,
     gate_parts_kernel,
+)
+from floe_kernels.triton.moe_lora_grouped import (
+    gate_pairs,
+    router_pairs,
+    sort_pairs,
+    update_pairs,
+    weight_gradient_pairs,
 )
 from floe_kernels.triton.weight_grad import add_parts_kernel, weight_grad_kernel
 
@@ -214,6 +222,46 @@ def add_fisher(
     return left
 
 
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router: Tensor,
+    scaling: Tensor,
+    saved: Routed,
+    ranks: Sequence[int],
+    renormalize: bool,
+    mask: Tensor | None,
+    dropout: Dropout,
+    aux_coefs: Tensor | None,
+    needs: Sequence[bool],
+    grads: Gradients,
+) -> Gradients:
+    """Differentiate with the tokens sorted by expert."""
+    pairs = sort_pairs(saved.experts, len(router), mask)
+    gate = gate_pairs(dy, lora_B, scaling, saved.z, saved.gates, pairs, ranks)
+    load = None if aux_coefs is None else expert_picks(saved.experts, len(router), mask)
+    dlogits = router_pairs(
+        gate.gates, saved.gates, saved.experts, saved.logits, renormalize, mask, aux_coefs, load,
+        x.new_empty(0),
+    )  # fmt: skip
+    grad_x = grads.x
+    if needs[0]:
+        base = None
+        if weight is not None:
+            base = grad_x = dy @ weight.to(dy.dtype)
+        update(base, grad_x, dlogits, router)
+        update_pairs(grad_x, gate.dz, lora_A, pairs, ranks, dropout)
+    if needs[1]:
+        weight_gradient_pairs(x, gate.dz, grads.lora_A, pairs, ranks, dropout)
+    if needs[2]:
+        weight_gradient_pairs(dy, gate.h, grads.lora_B, pairs, ranks)
+    weight_gradient(x, mask, None, None, dlogits, grads.router if needs[3] else None)
+    return grads._replace(x=grad_x)
+
+
 def moe_lora_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -255,6 +303,12 @@ def moe_lora_backward(
         return Gradients(*(grad.zero_() for grad in grads))
     narrow_A, narrow_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
     mask, dropout = as_bytes(token_mask), as_dropout(dropout_p, dropout_seed)
+    if fisher is None and use_groups(ranks, experts.shape[1], shared_A):
+        saved = Routed(z, z, experts, gates, logits)
+        return grouped_backward(
+            dy, x, weight, narrow_A, narrow_B, router, scaling, saved, ranks,
+            renormalize, mask, dropout, aux_coefs, needs, grads,
+        )  # fmt: skip
     gate = gate_gradients(
         dy, narrow_B, scaling, Routed(z, z, experts, gates, logits), ranks, shared_A,
         renormalize, mask, aux_coefs, fisher is not None and fisher.gate is not None,

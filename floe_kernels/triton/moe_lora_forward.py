@@ -6,7 +6,7 @@ Dims: N tokens, I inputs, O outputs, E experts, K experts kept per token, R pack
 C columns of z (R, or the one rank of a shared A).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,9 @@ from floe_kernels.triton.launch import (
     parts,
     rows_of,
     shrink_tile,
+    use_groups,
 )
+from floe_kernels.triton.moe_lora_grouped import shrink_pairs, sort_pairs, update_pairs
 from floe_kernels.triton.moe_lora_shrink import (
     route_parts_kernel,
     shrink_part_kernel,
@@ -129,7 +131,7 @@ def update(
     (n, o), r = out.shape, left.shape[1]
     second = left2 is not None and right2 is not None
     e = right2.shape[0] if right2 is not None else 0
-    if not n or not o:
+    if not n or not o or (base is out and not r + e):
         return out
     tile, active = expand_tile(left, r), dropout is not None and dropout.active
     rank_update_kernel[(triton.cdiv(o, tile.columns), triton.cdiv(n, tile.rows))](
@@ -144,6 +146,40 @@ def update(
         **options(tile.warps, tile.stages, left.device),
     )  # fmt: skip
     return out
+
+
+def run_adapter(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    scaling: Tensor,
+    ranks: Sequence[int],
+    top_k: int,
+    shared_A: bool,
+    renormalize: bool,
+    mask: Tensor | None,
+    dropout: Dropout,
+) -> tuple[Callable[[Tensor, Tensor], object], Tensor, Tensor, Tensor, Tensor]:
+    """Shrink and route; return what adds the experts to (base, out), then what is saved."""
+    lora_A, lora_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
+    if not (use_groups(ranks, top_k, shared_A) and len(x)):
+        routed = shrink_and_route(
+            x, lora_A, router, scaling, ranks, top_k, shared_A, renormalize, mask, dropout
+        )
+        return lambda base, out: update(base, out, routed.h, lora_B), *routed[1:]
+    routed = shrink_and_route(
+        x, lora_A[:0], router, scaling[:0], (), top_k, False, renormalize, mask, dropout
+    )
+    pairs = sort_pairs(routed.experts, len(router), mask)
+    z, h = shrink_pairs(x, lora_A, scaling, routed.gates, pairs, ranks, dropout)
+
+    def add(base: Tensor, out: Tensor) -> None:
+        if base is not out:
+            out.copy_(base)
+        update_pairs(out, h, lora_B, pairs, ranks)
+
+    return add, z, *routed[2:]
 
 
 def moe_lora_linear(
@@ -171,15 +207,13 @@ def moe_lora_linear(
         out = F.linear(x, weight, bias).addmm_(readable.h, lora_B.to(x.dtype))
         return out, *readable[1:]
     x = rows_of(x)
-    lora_A, lora_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
-    routed = shrink_and_route(
-        x, lora_A, router, scaling, ranks, top_k, shared_A, renormalize,
+    add, z, experts, gates, logits = run_adapter(
+        x, lora_A, lora_B, router_weight, scaling, ranks, top_k, shared_A, renormalize,
         as_bytes(token_mask), as_dropout(dropout_p, dropout_seed),
     )  # fmt: skip
     out = F.linear(x, weight, bias)
-    if len(lora_B):
-        update(out, out, routed.h, lora_B)
-    return out, *routed[1:]
+    add(out, out)
+    return out, z, experts, gates, logits
 
 
 def moe_lora(
@@ -205,10 +239,10 @@ def moe_lora(
         )  # fmt: skip
         return base_out + (readable.h @ lora_B.to(x.dtype)).to(base_out.dtype), *readable[1:]
     x, base_out = rows_of(x), rows_of(base_out)
-    lora_A, lora_B, router = adapter_weights(x, lora_A, lora_B, router_weight)
-    routed = shrink_and_route(
-        x, lora_A, router, scaling, ranks, top_k, shared_A, renormalize,
+    add, z, experts, gates, logits = run_adapter(
+        x, lora_A, lora_B, router_weight, scaling, ranks, top_k, shared_A, renormalize,
         as_bytes(token_mask), as_dropout(dropout_p, dropout_seed),
     )  # fmt: skip
     out = base_out.new_empty(base_out.shape)
-    return update(base_out, out, routed.h, lora_B), *routed[1:]
+    add(base_out, out)
+    return out, z, experts, gates, logits

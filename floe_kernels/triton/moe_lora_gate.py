@@ -103,9 +103,8 @@ def _columns_backward(
 
 
 @triton.jit
-def _load_routing(
-    gates_ptr, experts_ptr, n, N, K: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+def load_routing(gates_ptr, experts_ptr, n, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return a tile's gates and experts, of no weight and no expert beyond the last token."""
     kept = tl.arange(0, BLOCK_K)
     in_nk = (n < N)[:, None] & (kept[None, :] < K)
     gates = tl.load(gates_ptr + n[:, None] * K + kept[None, :], mask=in_nk, other=0.0)
@@ -114,7 +113,7 @@ def _load_routing(
 
 
 @triton.jit
-def _router_backward(
+def router_backward(
     grad_gates,  # (BLOCK_N, BLOCK_K)
     gates,
     experts,
@@ -226,13 +225,13 @@ def gate_kernel(
         dy_ptr, lora_B_ptr, token_mask_ptr, first, r, 0, steps, dy_stride_n, N, O, R,
         HAS_MASK, PRECISION, WIDEN, BLOCK_N, BLOCK_O,
     )  # fmt: skip
-    gates, experts = _load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
+    gates, experts = load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
     grad_gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     grad_gates = _columns_backward(
         u, grad_gates, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, dz_ptr,
         first, r, dz_stride_n, N, R, K,
     )  # fmt: skip
-    _router_backward(
+    router_backward(
         grad_gates, gates, experts, logits_ptr, aux_coefs_ptr, load_ptr, token_mask_ptr,
         dlogits_ptr, gate_score_ptr, n, dz_stride_n, load_blocks, N, E,
         K, RENORMALIZE, HAS_MASK, HAS_AUX, HAS_SCORE, BLOCK_E,
@@ -308,7 +307,7 @@ def gate_parts_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
     in_n = n < N
-    gates, experts = _load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
+    gates, experts = load_routing(gates_ptr, experts_ptr, n, N, K, BLOCK_K)
     grad_gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for block in range(tl.cdiv(C, BLOCK_C)):
         c = tl.arange(0, BLOCK_C) + block * BLOCK_C
@@ -342,7 +341,7 @@ def gate_parts_kernel(
                 u, grad_gates, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr,
                 dz_ptr, first, c, dz_stride_n, N, R, K,
             )  # fmt: skip
-    _router_backward(
+    router_backward(
         grad_gates, gates, experts, logits_ptr, aux_coefs_ptr, load_ptr, token_mask_ptr,
         dlogits_ptr, gate_score_ptr, n, dz_stride_n, load_blocks, N, E,
         K, RENORMALIZE, HAS_MASK, HAS_AUX, HAS_SCORE, BLOCK_E,

@@ -6,7 +6,7 @@ from closeness import assert_no_worse
 
 from floe_kernels import reference
 from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, adapter
-from floe_kernels.triton import launch, moe_lora_backward, moe_lora_forward
+from floe_kernels.triton import grouping, moe_lora_backward, moe_lora_forward, moe_lora_grouped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,12 +75,17 @@ def factor(dtypes):
     return 4.0 if dtypes.startswith("bf16") and DEVICE == "cpu" else 2.0
 
 
-@pytest.fixture(params=["split", "whole"])
+@pytest.fixture(params=["split", "whole", "grouped"])
 def regime(request, monkeypatch):
-    """Run few tokens through the kernels for few, and through those for many."""
-    monkeypatch.setattr(launch, "SPLIT_BELOW", 4096 if request.param == "split" else 0)
+    """Run few tokens through the kernels for few, through those for many, and sorted by expert."""
     for module in (moe_lora_forward, moe_lora_backward):
-        monkeypatch.setattr(module, "SPLIT_BELOW", launch.SPLIT_BELOW)
+        monkeypatch.setattr(module, "SPLIT_BELOW", 4096 if request.param == "split" else 0)
+        groups = request.param == "grouped"
+        monkeypatch.setattr(module, "use_groups", lambda *args, on=groups: on and not args[2])
+    # several chunks, and experts in several pieces
+    for module in (grouping, moe_lora_grouped):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(moe_lora_grouped, "PIECE", 8)
     return request.param
 
 
@@ -98,6 +103,9 @@ def test_forward_matches_reference(name, dtypes, regime):
     assert torch.equal(saved[1], peer.experts)
     wide = [t.double() for t in (x, lora_A, router)]
     truth = adapter(*wide, *route)
+    if regime == "grouped" and not route[3]:  # z is zero where an expert was not kept
+        kept = peer.h != 0
+        peer, truth = (a._replace(z=torch.where(kept, a.z, 0)) for a in (peer, truth))
     for field, got in zip(("z", "gates", "logits"), (saved[0], *saved[2:]), strict=True):
         assert_no_worse(got, getattr(peer, field), getattr(truth, field), factor(dtypes))
     mask = route[5]
