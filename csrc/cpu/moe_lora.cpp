@@ -41,7 +41,8 @@ ForwardOutputs outputs(const Experts& given, int64_t K) {
 }
 
 Forward run_forward(const Experts& given, ForwardOutputs to) {
-  forward_dense(given, to);
+  const int64_t K = to.experts.size(1);
+  (runs_grouped(given, K) ? forward_grouped : forward_dense)(given, to);
   return {to.out, to.z, to.experts, to.gates, to.logits};
 }
 
@@ -115,7 +116,8 @@ Gradients moe_lora_backward(const Tensor& grad_out, const Tensor& x, const Optio
       like(given.router_weight, needs[3])};
   RowGradients rows;
   if (fisher) rows = row_gradients(given);
-  backward_dense(given, in, base_share, out, rows);
+  const int64_t K = in.experts.size(1);
+  (runs_grouped(given, K) ? backward_grouped : backward_dense)(given, in, base_share, out, rows);
   if (fisher) {
     add_fisher(given, in, rows,
                {*fisher_offsets, fisher_scale, fisher_A, fisher_B, fisher_router, fisher_gate});

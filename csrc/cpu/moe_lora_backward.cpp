@@ -98,44 +98,39 @@ struct Dense {
     }
     if (in.needs_router) of_x.push_back(grad(dl_tiled, std::get<3>(out), false, 1));
     if (in.needs_B) of_dy.push_back(grad(h_tiled, std::get<2>(out), false, 1));
-    weight_grads({given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, kept,
+    weight_grads(kernels,
+                 {given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, kept,
                   keep_stride(layer.I)},
                  of_x);
     weight_grads(
+        kernels,
         {in.grad_out.const_data_ptr(), layer.O, layer.O, nullptr, T, layer.mask, nullptr, 0},
         of_dy);
-  }
-
-  void weight_grads(const cpu::RowsOf& from, const std::vector<cpu::WeightGrad>& grads) const {
-    if (grads.empty()) return;
-    int64_t N = 0;
-    for (const cpu::WeightGrad& grad : grads) N += grad.N + kernels.mr;
-    const int64_t panels = (from.cols + kernels.nr - 1) / kernels.nr;
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      const cpu::Scratch scratch((N + 256) * kernels.nr * 8);
-      for (int64_t p = begin; p < end; ++p) {
-        kernels.weight_grad(from, p, grads.data(), static_cast<int64_t>(grads.size()),
-                            scratch.get());
-      }
-    });
   }
 };
 
 }  // namespace
 
+void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
+                  const std::vector<cpu::WeightGrad>& grads) {
+  if (grads.empty()) return;
+  int64_t N = 0;
+  for (const cpu::WeightGrad& grad : grads) N += grad.N + kernels.mr;
+  const int64_t panels = (from.cols + kernels.nr - 1) / kernels.nr;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const cpu::Scratch scratch((N + 256) * kernels.nr * 8);
+    for (int64_t p = begin; p < end; ++p) {
+      kernels.weight_grad(from, p, grads.data(), static_cast<int64_t>(grads.size()), scratch.get());
+    }
+  });
+}
+
 void backward_dense(const Experts& given, const BackwardInputs& in, bool base_share,
                     const Gradients& out, RowGradients& rows) {
-  const cpu::Kernels& kernels = cpu::moe_lora_kernels(dtype_of(given.x), cpu::isa());
-  with_scalar(dtype_of(given.x), [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using wide = cpu::wide_t<scalar_t>;
-    const auto layer = given.layer<wide>(in.experts.size(1));
-    if constexpr (std::is_same_v<scalar_t, cpu::BFloat16>) {
-      if (kernels.elem == cpu::Dtype::kBFloat16) {
-        return Dense<scalar_t, cpu::BFloat16>{given, in, kernels, layer, out, rows}.run(base_share);
-      }
-    }
-    Dense<scalar_t, wide>{given, in, kernels, layer, out, rows}.run(base_share);
+  with_elements(given.x, [&](auto x, auto unit, const cpu::Kernels& kernels) {
+    using scalar_t = decltype(x);
+    const auto layer = given.layer<cpu::wide_t<scalar_t>>(in.experts.size(1));
+    Dense<scalar_t, decltype(unit)>{given, in, kernels, layer, out, rows}.run(base_share);
   });
 }
 

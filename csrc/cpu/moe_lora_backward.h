@@ -23,5 +23,11 @@ struct RowGradients {
 // whether it holds anything yet.
 void backward_dense(const Experts& given, const BackwardInputs& in, bool base_share,
                     const Gradients& out, RowGradients& rows);
+void backward_grouped(const Experts& given, const BackwardInputs& in, bool base_share,
+                      const Gradients& out, RowGradients& rows);
+
+// Every gradient over the same rows, panel by panel.
+void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
+                  const std::vector<cpu::WeightGrad>& grads);
 
 }  // namespace gnu::visibility("hidden")

@@ -38,6 +38,14 @@ Experts::Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
   }
 }
 
+bool runs_grouped(const Experts& given, int64_t K) {
+#if defined(FLOE_REGIME)
+  return FLOE_REGIME && !given.shared_A;
+#endif
+  const int64_t R = given.lora_B.size(0), E = static_cast<int64_t>(given.ranks.size());
+  return !given.shared_A && R >= 256 && E > 4 * K;
+}
+
 int64_t rows_per_task(int64_t T) {
   const int64_t tasks = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   // 128 rows read the packed weights from L3 seldom enough to hide it

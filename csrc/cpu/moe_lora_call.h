@@ -61,6 +61,19 @@ void with_scalar(cpu::Dtype dtype, const F& f) {
   }
 }
 
+// Calls f(value of x's type, value of the type of its operands in tiles, kernels).
+template <typename F>
+void with_elements(const Tensor& x, const F& f) {
+  const cpu::Kernels& kernels = cpu::moe_lora_kernels(dtype_of(x), cpu::isa());
+  with_scalar(dtype_of(x), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    if constexpr (std::is_same_v<scalar_t, cpu::BFloat16>) {
+      if (kernels.elem == cpu::Dtype::kBFloat16) return f(zero, zero, kernels);
+    }
+    f(zero, cpu::wide_t<scalar_t>{}, kernels);
+  });
+}
+
 // What both directions are given.
 struct Experts {
   Tensor x, lora_A, lora_B, router_weight, scaling;  // contiguous

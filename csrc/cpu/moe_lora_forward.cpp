@@ -25,7 +25,6 @@ struct Dense {
       const cpu::Scratch z(step * ld_z * sizeof(wide)), h(step * ld_h * sizeof(elem));
       const int64_t ld_keep = keep_stride(layer.I);
       const cpu::Scratch keep(given.dropout.active ? step * ld_keep : 0);
-      std::vector<int64_t> order;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t t0 = task * step, M = std::min(step, layer.T - t0);
         const auto* x = static_cast<const scalar_t*>(given.x.const_data_ptr()) + t0 * layer.I;
@@ -37,27 +36,18 @@ struct Dense {
                         z.get(), ld_z});
         auto* saved_z = static_cast<scalar_t*>(to.z.mutable_data_ptr()) + t0 * layer.C;
         kernels.narrow_rows(z.get(), ld_z, M, layer.C, given.dropout.scale, saved_z, layer.C);
-        logits(t0, M);
+        route_tokens(given, kernels, layer, to, t0, M);
         for (int64_t m = 0; m < M; ++m) {
-          mix_row(t0 + m, saved_z + m * layer.C, h.get<elem>() + m * ld_h, ld_h, order);
+          mix_row(t0 + m, saved_z + m * layer.C, h.get<elem>() + m * ld_h, ld_h);
         }
         expand_rows(t0, M, h.get(), ld_h, expand);
       }
     });
   }
 
-  void logits(int64_t t0, int64_t M) const {
-    const Tensor& w = given.router_weight;
-    auto* sums = static_cast<wide*>(to.logits.mutable_data_ptr()) + t0 * layer.E;
-    kernels.gather_dots({given.x.const_data_ptr(), layer.I, layer.I, nullptr, t0, M, nullptr, 0,
-                         w.const_data_ptr(), dtype_of(w), layer.I, layer.E, sums, layer.E,
-                         nullptr});
-  }
-
-  void mix_row(int64_t t, scalar_t* z, elem* h, int64_t ld_h, std::vector<int64_t>& order) const {
-    auto* gates = static_cast<wide*>(to.gates.mutable_data_ptr());
-    auto* experts = to.experts.mutable_data_ptr<int64_t>();
-    cpu::route(layer, t, static_cast<wide*>(to.logits.mutable_data_ptr()), gates, experts, order);
+  void mix_row(int64_t t, scalar_t* z, elem* h, int64_t ld_h) const {
+    const auto* gates = static_cast<const wide*>(to.gates.const_data_ptr());
+    const auto* experts = to.experts.const_data_ptr<int64_t>();
     std::fill_n(h, ld_h, elem{});
     if (layer.masked(t)) {
       std::fill_n(z, layer.C, scalar_t{});
@@ -89,17 +79,10 @@ struct Dense {
 }  // namespace
 
 void forward_dense(const Experts& given, const ForwardOutputs& to) {
-  const cpu::Kernels& kernels = cpu::moe_lora_kernels(dtype_of(given.x), cpu::isa());
-  with_scalar(dtype_of(given.x), [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using wide = cpu::wide_t<scalar_t>;
-    const auto layer = given.layer<wide>(to.experts.size(1));
-    if constexpr (std::is_same_v<scalar_t, cpu::BFloat16>) {
-      if (kernels.elem == cpu::Dtype::kBFloat16) {
-        return Dense<scalar_t, cpu::BFloat16>{given, kernels, layer, to}.run();
-      }
-    }
-    Dense<scalar_t, wide>{given, kernels, layer, to}.run();
+  with_elements(given.x, [&](auto x, auto unit, const cpu::Kernels& kernels) {
+    using scalar_t = decltype(x);
+    const auto layer = given.layer<cpu::wide_t<scalar_t>>(to.experts.size(1));
+    Dense<scalar_t, decltype(unit)>{given, kernels, layer, to}.run();
   });
 }
 

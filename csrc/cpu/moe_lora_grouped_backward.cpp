@@ -1,0 +1,184 @@
+#include "cpu/moe_lora_backward.h"
+#include "cpu/moe_lora_grouped.h"
+#include "cpu/moe_lora_token.h"
+
+namespace floe {
+namespace {
+
+template <typename scalar_t, typename elem>
+struct Grouped {
+  using wide = cpu::wide_t<scalar_t>;
+
+  const Experts& given;
+  const BackwardInputs& in;
+  const cpu::Kernels& kernels;
+  const cpu::Layer<wide> layer;
+  const Gradients& out;
+  RowGradients& rows;
+
+  void run(bool base_share) const {
+    const int64_t T = layer.T, E = layer.E, pack = kernels.pack, mr = kernels.mr;
+    const cpu::Slots slots =
+        cpu::sort_by_expert(in.experts.const_data_ptr<int64_t>(), T, layer.K, E, layer.mask);
+    const int64_t ld = slot_stride(layer);
+    // every expert's coefficients tiled for itself, one after the other
+    std::vector<int64_t> offset(1, 0);
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t Q = (slots.count(e) + pack - 1) / pack;
+      offset.push_back(offset.back() + cpu::Tiled<elem>::size(layer.rank(e), Q, mr, pack));
+    }
+    const cpu::Scratch dz(slots.size() * ld * sizeof(elem));
+    const cpu::Scratch dz_tiled(offset.back() * sizeof(elem));
+    const cpu::Scratch h_tiled(offset.back() * sizeof(elem));
+    const cpu::Scratch grad_gates(T * layer.K * sizeof(wide));
+    std::memset(dz_tiled.get(), 0, offset.back() * sizeof(elem));
+    std::memset(h_tiled.get(), 0, offset.back() * sizeof(elem));
+    const auto tiles_of = [&](const cpu::Scratch& all, int64_t e) {
+      return cpu::Tiled<elem>{all.get<elem>() + offset[e], (slots.count(e) + pack - 1) / pack, mr,
+                              pack};
+    };
+    const Tensor lora_B = as_dtype(given.lora_B, given.x.scalar_type());
+    const std::vector<cpu::Run> runs = cpu::cut(slots, E, kSlotsPerTask);
+    const auto count = static_cast<int64_t>(runs.size());
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const cpu::Scratch u(kSlotsPerTask * ld * sizeof(wide));
+      for (int64_t i = begin; i < end; ++i) {
+        const cpu::Run& run = runs[i];
+        kernels.gather_dots(gathered(slots, run, in.grad_out.const_data_ptr(), layer.O, lora_B,
+                                     layer.first[run.expert], layer.rank(run.expert), u.get(), ld));
+        for (int64_t s = run.begin; s < run.end; ++s) {
+          slot(slots, run.expert, s, u.get<wide>() + (s - run.begin) * ld, dz.get<elem>() + s * ld,
+               ld, tiles_of(dz_tiled, run.expert), tiles_of(h_tiled, run.expert),
+               grad_gates.get<wide>());
+        }
+      }
+    });
+
+    const int64_t ld_dl = (E + 7) / 8 * 8, Q = (T + pack - 1) / pack;
+    const cpu::Scratch dl(T * ld_dl * sizeof(elem));
+    const cpu::Scratch dl_tiled(cpu::Tiled<elem>::size(E, Q, mr, pack) * sizeof(elem));
+    const cpu::Tiled<elem> tiles{dl_tiled.get<elem>(), Q, mr, pack};
+    grad_logits(grad_gates.get<wide>(), dl.get<elem>(), ld_dl, tiles);
+
+    const cpu::Scratch keep = keep_bits(kernels, given.dropout, T, layer.I);
+    const uint8_t* kept = given.dropout.active ? keep.get<uint8_t>() : nullptr;
+    if (in.needs_x) {
+      Panels panels(kernels);
+      const void* router = panels.rows(given.router_weight);
+      panels.pack();
+      void* dx = std::get<0>(out).mutable_data_ptr();
+      cpu::GatherExpand expand{};
+      expand.O = layer.I, expand.slots = dz.get(), expand.ld_slots = ld;
+      expand.second = {dl.get(), ld_dl, E, router};
+      expand.keep = kept, expand.keep_ld = keep_stride(layer.I);
+      expand.scale = given.dropout.scale;
+      expand.base = base_share ? dx : nullptr, expand.out = dx;
+      expand.ld_base = expand.ld_out = layer.I;
+      expand_slots(kernels, layer, slots, given.lora_A, expand);
+    }
+
+    const auto grads = [&](const Tensor& to, const Tensor& x, const cpu::Scratch& tiled,
+                           const uint8_t* bits, double scale) {
+      const int64_t columns = x.size(1), panels = (columns + kernels.nr - 1) / kernels.nr;
+      torch::stable::parallel_for(0, E * panels, 1, [&](int64_t begin, int64_t end) {
+        const cpu::Scratch scratch((ld + 256) * kernels.nr * 8);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t e = i / panels, row = layer.first[e] * columns;
+          auto* data = static_cast<char*>(to.mutable_data_ptr()) +
+                       row * static_cast<int64_t>(to.element_size());
+          const cpu::WeightGrad grad{
+              layer.rank(e), tiles_of(tiled, e).data, true, scale, data, dtype_of(to), columns};
+          kernels.weight_grad(
+              {x.const_data_ptr(), columns, columns, slots.token.data() + slots.first[e],
+               slots.count(e), nullptr, bits, keep_stride(columns)},
+              i % panels, &grad, 1, scratch.get());
+        }
+      });
+    };
+    if (in.needs_A) grads(std::get<1>(out), given.x, dz_tiled, kept, given.dropout.scale);
+    if (in.needs_B) grads(std::get<2>(out), in.grad_out, h_tiled, nullptr, 1);
+    if (in.needs_router) {
+      const Tensor& to = std::get<3>(out);
+      const std::vector<cpu::WeightGrad> grad{
+          {E, dl_tiled.get(), false, 1, to.mutable_data_ptr(), dtype_of(to), layer.I}};
+      weight_grads(kernels,
+                   {given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, nullptr, 0},
+                   grad);
+    }
+  }
+
+  // One slot of u: its token's gradient of this gate, and its share of every other gradient.
+  void slot(const cpu::Slots& slots, int64_t e, int64_t s, const wide* u, elem* dz, int64_t ld,
+            const cpu::Tiled<elem>& dz_tiled, const cpu::Tiled<elem>& h_tiled,
+            wide* grad_gates) const {
+    const int64_t t = slots.token[s], first = layer.first[e], rank = layer.rank(e);
+    const int64_t i = t * layer.K + slots.choice[s], local = s - slots.first[e];
+    const auto* z = static_cast<const scalar_t*>(in.z.const_data_ptr()) + t * layer.C + first;
+    const wide gate = static_cast<const wide*>(in.gates.const_data_ptr())[i];
+    grad_gates[i] = cpu::gate_gradient(layer, e, z, u);
+    std::fill_n(dz, ld, elem{});
+    for (int64_t c = 0; c < rank; ++c) {
+      const wide weight = layer.scaling[first + c] * gate;
+      dz[c] = dz_tiled.data[dz_tiled.index(c, local)] = cpu::narrow<elem>(weight * u[c]);
+      h_tiled.data[h_tiled.index(c, local)] = cpu::narrow<elem>(weight * cpu::widen(z[c]));
+    }
+    if (!in.keeps_rows) return;
+    const auto row = [&](const Tensor& to, int64_t columns) {
+      return static_cast<scalar_t*>(to.mutable_data_ptr()) + t * columns;
+    };
+    cpu::mix(layer, e, gate, z, row(rows.h, layer.R) + first);
+    for (int64_t c = 0; c < rank; ++c) {
+      row(rows.grad_z, layer.C)[first + c] = cpu::narrow<scalar_t>(cpu::widen(dz[c]));
+    }
+  }
+
+  // What the router learns, from the gradients of the kept gates.
+  void grad_logits(const wide* grad_gates, elem* dl, int64_t ld,
+                   const cpu::Tiled<elem>& tiled) const {
+    const int64_t E = layer.E, K = layer.K;
+    const auto aux = aux_losses(given, layer, in.experts);
+    const auto* logits = static_cast<const wide*>(in.logits.const_data_ptr());
+    const auto* gates = static_cast<const wide*>(in.gates.const_data_ptr());
+    const auto* experts = in.experts.const_data_ptr<int64_t>();
+    const int64_t step = rows_per_task(layer.T), tasks = (layer.T + step - 1) / step;
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(layer.T, end * step);
+      std::vector<wide> grad(E);
+      tiled.clear(E, begin * step, last);
+      std::fill_n(dl + begin * step * ld, (last - begin * step) * ld, elem{});
+      for (int64_t t = begin * step; t < last; ++t) {
+        if (layer.masked(t)) continue;
+        cpu::logit_gradient(layer, logits + t * E, gates + t * K, experts + t * K,
+                            grad_gates + t * K, aux, grad.data());
+        for (int64_t e = 0; e < E; ++e) {
+          dl[t * ld + e] = tiled.data[tiled.index(e, t)] = cpu::narrow<elem>(grad[e]);
+        }
+        if (in.keeps_rows) keep_row(t, gates + t * K, grad_gates + t * K, grad);
+      }
+    });
+  }
+
+  void keep_row(int64_t t, const wide* gates, const wide* grad_gates,
+                const std::vector<wide>& grad) const {
+    auto* to = static_cast<scalar_t*>(rows.grad_logits.mutable_data_ptr()) + t * layer.E;
+    for (int64_t e = 0; e < layer.E; ++e) to[e] = cpu::narrow<scalar_t>(grad[e]);
+    double gate = 0;
+    for (int64_t k = 0; k < layer.K; ++k) {
+      gate += static_cast<double>(gates[k]) * static_cast<double>(grad_gates[k]);
+    }
+    rows.gate.mutable_data_ptr<double>()[t] = gate;
+  }
+};
+
+}  // namespace
+
+void backward_grouped(const Experts& given, const BackwardInputs& in, bool base_share,
+                      const Gradients& out, RowGradients& rows) {
+  with_elements(given.x, [&](auto x, auto unit, const cpu::Kernels& kernels) {
+    using scalar_t = decltype(x);
+    const auto layer = given.layer<cpu::wide_t<scalar_t>>(in.experts.size(1));
+    Grouped<scalar_t, decltype(unit)>{given, in, kernels, layer, out, rows}.run(base_share);
+  });
+}
+
+}  // namespace floe
