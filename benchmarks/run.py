@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=3, help="times to draw and allocate everything anew")
     add("--rounds", type=int, default=60, help="most rounds in an epoch")
     add("--peer-path", action="append", default=[], help="folder of a peer's own copy")
+    add("--until", type=float, help="start no case that would not end by then (Unix time)")
     add("--out", type=Path, help="results file to add to, JSON lines")
     return parser.parse_args(argv)
 
@@ -71,12 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         options.op, options.cases, options.seconds, options.epochs = "all", "quick", 6.0, 3
     names = list(operations) if options.op == "all" else options.op.split(",")
-    everything = []
+    everything, longest = [], 0.0
     for op in (operations[name] for name in names):
         if options.mode not in op.modes:
             continue
         providers = op.choose(options.providers, options.device)
         for case in select(op, options.cases):
+            if options.until and time.time() + longest > options.until:
+                print(f"no time left for {case.name}")
+                break
             start = time.perf_counter()
             lines = measure(
                 op, case, options.mode, providers, options.device, options.seconds,
@@ -85,12 +89,13 @@ def main(argv: list[str] | None = None) -> None:
             lines = [records.complete(line, options.device) for line in lines]
             everything += lines
             print(report.case_table(lines))
+            longest = max(longest, time.perf_counter() - start)
             print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
             if options.out:
                 records.append(options.out, lines)
     if not everything:
         raise SystemExit(f"no case of {', '.join(names)} is called or tagged {options.cases!r}")
-    print(report.summary(everything))
+    print(report.summary(report.with_best_ceilings(everything)))
 
 
 if __name__ == "__main__":

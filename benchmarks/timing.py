@@ -117,8 +117,8 @@ def interleave(
         mode: "fwd", "bwd" or "fwdbwd".
         device: "cpu" or "cuda".
         seconds: Stop after the round in which so much time has passed, if enough rounds were quiet;
-            and in any case after :data:`PATIENCE` times so much.
-        rounds: Fewest quiet and most rounds.
+            after :data:`PATIENCE` times so much, as soon as there are enough rounds at all.
+        rounds: Fewest and most rounds.
         seed: Of the order within rounds.
     """
     clock, order = Clock(device), random.Random(seed)
@@ -132,7 +132,7 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds[1]):
+        for done in range(1, rounds[1] + 1):
             names = list(steps)
             order.shuffle(names)
             for name in names:
@@ -147,7 +147,8 @@ def interleave(
                 samples[name].append(Sample(best[0], best[1] <= DISTURBED))
             quiet_rounds += all(rows[-1].quiet for rows in samples.values())
             spent = time.perf_counter() - start
-            if spent > (seconds if quiet_rounds >= rounds[0] else PATIENCE * seconds):
+            enough = seconds if quiet_rounds >= rounds[0] else PATIENCE * seconds
+            if done >= rounds[0] and spent > enough:
                 break
     finally:
         gc.enable()
