@@ -208,9 +208,7 @@ def _shares(scores: Sequence[float], beta: float, total: int, room: int | None) 
 
 
 def _largest(spent: Callable[[int], int], low: int, high: int, total: int) -> int:
-    """Bisect for an expert count that fits while the next does not; ``spent(low)`` fits."""
-    if spent(high) <= total:
-        return high
+    """Bisect for an expert count that fits, below one that does not; ``spent(low)`` fits."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if spent(middle) <= total else (low, middle)

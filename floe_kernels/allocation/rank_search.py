@@ -252,12 +252,10 @@ class RankSearch:
     def _fail_stale(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState
 
-        if self._storage is None:
-            return
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             # claiming excludes the moment between starting a trial and naming its worker
             worker = trial.user_attrs.get("worker")
-            if worker is None or not self._storage.alive(worker):
+            if self._storage is None or worker is None or not self._storage.alive(worker):
                 study.tell(trial.number, state=TrialState.FAIL)
 
     def _stalled(self, study: optuna.Study) -> bool:

@@ -55,19 +55,18 @@ def refine(
 ) -> Refinement:
     """Exchange kept for removed layers while that lowers the loss estimated for the removal.
 
-    The greedy mask rearrangement of arXiv 2204.09656, across layers and as swaps: kept
-    layers, the least important first, are offered for the removed one whose return gains most, and
-    exchanged if it gains. Where no exchange does, a chain of the best ones is tried, each layer
-    moving once, and cut where it stood best (Kernighan and Lin 1970): layers that cancel are
-    removed together or not at all. ``removal_loss`` never rises. Equal gains go to the earlier
-    layer.
+    The mask rearrangement of arXiv 2204.09656, across layers and as exchanges: the pair that gains
+    most is exchanged again and again, gain or not, each layer moving once, and the chain is cut
+    where it stood best (Kernighan and Lin 1970). So layers that cancel each other can leave
+    together, ``removal_loss`` never rises, and at the end no single exchange lowers it. Equal gains
+    go to the earlier layer.
 
     Args:
         gradients: N samples by L layers of finite numbers, the gate gradients.
         kept: Indices of the layers kept so far, each in 0..L-1.
         costs: L costs that the kept layers must pay from ``budget``; None = all the same.
         budget: What the kept layers may cost together; None = no bound.
-        passes: Most passes over the kept layers; they end when one changes nothing.
+        passes: Most chains; they end when one gains nothing.
 
     Returns:
         The refined choice, of the same size.
@@ -94,7 +93,7 @@ def refine(
     swapped = _Swaps(rows, start, costs, budget)
     swaps = 0
     for _ in range(whole(passes, "passes")):
-        made = swapped.greedy_pass() or swapped.chain_pass()
+        made = swapped.chain()
         swaps += made
         if not made:
             break
@@ -126,16 +125,7 @@ class _Swaps:
         self.room = None if budget is None else budget - sum(self.costs[i] for i in kept)
         self.least_gain = 1e-12 * max((self.fisher[i][i] for i in range(L)), default=0.0)
 
-    def greedy_pass(self) -> int:
-        made = 0
-        for out in sorted(self.kept, key=lambda i: (self.fisher[i][i], i)):
-            gain, back = self.best(out, self.removed)
-            if gain > self.least_gain:
-                self.swap(out, back)
-                made += 1
-        return made
-
-    def chain_pass(self) -> int:
+    def chain(self) -> int:
         """Exchange the best pair again and again, gain or not; keep the chain's best start."""
         chain: list[tuple[int, int]] = []
         total, highest, length = 0.0, self.least_gain, 0
@@ -152,7 +142,7 @@ class _Swaps:
             total += gain
             if total > highest:
                 highest, length = total, len(chain)
-        for out, back in reversed(chain[length:]):
+        for out, back in chain[length:]:
             self.swap(back, out)
         return length
 

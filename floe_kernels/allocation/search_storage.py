@@ -89,12 +89,13 @@ class SearchStorage:
             known = ", ".join((*SQLITE, *JOURNAL))
             raise ValueError(f"storage must end in one of {known}, got {str(path)!r}")
         self.locks = self.path.with_name(self.path.name + ".locks")
-        self.worker = uuid.uuid4().hex[:12]
+        self.worker = ""
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Count this worker as alive while the block runs."""
+        """Count as a worker, a new one, that is alive while the block runs."""
         self.locks.mkdir(parents=True, exist_ok=True)
+        self.worker = uuid.uuid4().hex[:12]
         lock = FileLock(self.locks / self.worker)
         lock.acquire()
         try:

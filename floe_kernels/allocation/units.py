@@ -209,12 +209,12 @@ def keep_count(keep: float, length: int) -> int:
     """Return how many of ``length`` units the fraction ``keep`` in (0, 1] keeps: ceil(keep L).
 
     Example:
-        >>> keep_count(0.25, 30), keep_count(0.1, 30)
-        (8, 3)
+        >>> keep_count(0.25, 30), keep_count(0.07, 100)
+        (8, 7)
     """
     if not 0 < finite(keep, "keep") <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep!r}")
-    return -int(-round(keep * length, 9) // 1)  # 0.1 * 30 is 3.0000000000000004
+    return -int(-round(keep * length, 9) // 1)  # 0.07 * 100 is 7.000000000000001
 
 
 def best(scores: Sequence[float], k: int) -> list[int]:

@@ -143,23 +143,23 @@ def test_equal_costs_spend_like_experts():
         assert list(counts.values()) == allocate_experts(ROW_2, total // 660_224, beta=2.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.floats(0, 9), min_size=3, max_size=3),
     st.sampled_from(["layer", "module"]),
-    st.integers(2000, 30_000),
+    st.lists(st.integers(1, 6), min_size=6, max_size=6),
     st.integers(0, 1),
     st.none() | st.integers(2, 5),
     st.booleans(),
 )
-def test_a_budget_is_kept_and_used_up(values, per, total, lo, hi, shared_A):
+def test_a_budget_is_kept_and_used_up(values, per, bought, lo, hi, shared_A):
     modules = small(3)
     names = list(layer_scores(values)) if per == "layer" else list(modules)
     scores = dict(zip(names, values * 2, strict=False))
+    total = spent(modules, dict(zip(names, bought, strict=False)), per, shared_A=shared_A)
     keywords = {"per": per, "lo": lo, "hi": hi, "shared_A": shared_A}
     counts = allocate_budget(scores, modules, total, unit="parameters", **keywords)
-    cost = spent(modules, counts, per, shared_A=shared_A)
-    assert cost <= total
+    assert spent(modules, counts, per, shared_A=shared_A) <= total
     for name in counts:
         assert counts[name] >= lo
         if hi is None or counts[name] < hi:
@@ -167,6 +167,20 @@ def test_a_budget_is_kept_and_used_up(values, per, total, lo, hi, shared_A):
             assert spent(modules, more, per, shared_A=shared_A) > total
     in_bytes = allocate_budget(scores, modules, total * 8, unit="bytes", **keywords)
     assert in_bytes == counts
+
+    def shared_out(experts):
+        return dict(zip(names, allocate_experts(scores, experts, lo=lo, hi=hi), strict=True))
+
+    # it holds the rule's own allocation of some number of experts, the next of which is too dear
+    most = len(names) * hi if hi is not None else sum(counts.values())
+    fits = [
+        n
+        for n in range(len(names) * lo, most + 1)
+        if all(a <= b for a, b in zip(shared_out(n).values(), counts.values(), strict=True))
+    ]
+    assert any(
+        n == most or spent(modules, shared_out(n + 1), per, shared_A=shared_A) > total for n in fits
+    )
 
 
 def test_a_budget_too_small_for_its_lower_bound():

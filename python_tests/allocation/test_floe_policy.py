@@ -13,7 +13,7 @@ from floe_kernels.allocation import adapter_parameters, floe, knapsack, refine, 
 
 @pytest.mark.parametrize(
     ("keep", "layers", "kept"),
-    [(0.25, 32, 8), (0.25, 30, 8), (0.1, 30, 3), (1, 5, 5), (1e-9, 5, 1)],
+    [(0.25, 32, 8), (0.25, 30, 8), (0.07, 100, 7), (1, 5, 5), (1e-9, 5, 1)],
 )
 def test_keeps_the_best_fraction_rounded_up(keep, layers, kept):
     scores = [math.sin(i) for i in range(layers)]
@@ -223,6 +223,15 @@ def test_refinement_keeps_to_its_budget(gradients, data):
     result = refine(gradients, kept, costs=costs, budget=budget)
     assert sum(costs[i] for i in result.kept) <= budget
     assert result.after <= result.before
+
+
+def test_refinement_pays_for_every_exchange():
+    gradients = [[1.0 * (i < 3) * (i + 1 == n) for i in range(6)] for n in range(4)]
+    gradients = [[0.0] * 3 + [g * 9 for g in row[:3]] for row in gradients]
+    costs = [1, 1, 1, 2, 2, 2]  # what matters is dear, and only one exchange can be paid
+    assert refine(gradients, [0, 1, 2], costs=costs, budget=4).kept == [1, 2, 3]
+    assert refine(gradients, [0, 1, 2], costs=costs, budget=5).kept == [2, 3, 4]
+    assert refine(gradients, [0, 1, 2]).kept == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
