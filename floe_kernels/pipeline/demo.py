@@ -14,19 +14,24 @@ from floe_kernels.pipeline.options import Options
 from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.report import check_plots, write_report
 from floe_kernels.pipeline.runs import Run
+from floe_kernels.pipeline.search import judges_of
 from floe_kernels.pipeline.training import Recipe, train
-from floe_kernels.pipeline.tune import find_rank, open_bench, train_all
+from floe_kernels.pipeline.tune import ALL, FLOE, find_rank, open_bench, train_all
 from floe_kernels.pipeline.workbench import Workbench
 
 AIM_S = 480.0  # of the ten minutes that it may take
+LAST_S = 540.0  # no training step starts later
 REPORT_S = 10.0
 MEASURED_STEPS = 3
 MEASURED_RANK = 8
-SPARSE = (
-    0.75  # of the time of a step with all layers: 0.70 was measured with layer 0 among a quarter
-)
-SEARCHED = 1.15  # of the time of a step with rank 8: the mean over ranks 2 to 32
 MOST_STEPS, LEAST_STEPS = 80, 8
+SLACK = 1.3  # a phase may be so much slower than was counted on before plans change
+
+# In units of a training step with rank 8 on all layers of the model that comes along:
+SPARSE = 0.75  # a step on a quarter of them; 0.70 with layer 0 among them, 0.5 without
+SEARCHED = 1.15  # a step of a trial, the mean over ranks 2 to 32
+FORWARD = 0.3  # a forward pass
+SHARES = {"search": 0.2, "score": 0.1}  # of the time, at most
 
 DEFAULTS: dict[str, Any] = {
     "data": STDLIB,
@@ -34,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "max_samples": MOST_STEPS * 8,
     "eval_samples": 64,
     "trials": 4,
+    "search_samples": 32,
     "compare": True,
     "checkpoint_seconds": 10.0,
 }
@@ -44,8 +50,9 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
     """Tune as :func:`tune` does, compare with all layers and random ones, and mind the clock.
 
     Before anything else the time of a training step is measured, and trials, samples and steps are
-    chosen to end after about eight minutes; before the trainings the steps are reconsidered. What
-    was chosen is kept, so a resumed demonstration goes on in the same way.
+    chosen so that it ends after about eight minutes. A machine that turns out slower gets fewer of
+    what is still to come; all trainings make the same number of steps. What was chosen is kept, so
+    a resumed demonstration goes on in the same way.
 
     Args:
         run: The folder, open.
@@ -57,49 +64,66 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
         OSError: A file cannot be read or written.
         ImportError: An optional package is missing.
     """
-    start = time.monotonic()
+    clock = Clock()
     check_plots()
     bench = open_bench(run, options, progress)
-    timed = time.monotonic()
-    find_base(bench)
-    evaluation = time.monotonic() - timed
+    _, evaluation = clock.timed(bench.base_loss)
     if "pace" not in run.state:
-        run.finish("pace", measure_pace(bench, evaluation, start))
-    pace = run.state["pace"]
-    bench.options = replace(bench.options, **pace["options"])
-    progress.say(pace["words"])
+        seconds = measure_step(bench)
+        chosen = share_out(options, clock.left(3 * evaluation), seconds)
+        run.finish("pace", {**chosen, "evaluation": evaluation})
+    evaluation = run.state["pace"]["evaluation"]
+    progress.say(run.state["pace"]["words"])
+    _take(bench)
 
-    def reconsider() -> None:
-        if run.state["pace"].get("final") or run.state.get("trained"):
-            return
-        left = AIM_S - REPORT_S - (time.monotonic() - start) - 3 * pace["evaluation"]
-        steps = min(bench.options.steps, affordable(left, pace["slowest"]))
-        if steps < bench.options.steps:
-            progress.say(f"the machine has slowed down: {steps} steps instead")
-        chosen = {**pace["options"], "steps": steps}
-        run.finish("pace", {**pace, "options": chosen, "final": True})
-        bench.options = replace(bench.options, steps=steps)
+    rank, took = clock.timed(lambda: find_rank(bench))
+    if "score" not in run.state:
+        _slow_down(bench, took / max(1.0, _searching(bench.options)), clock.left(3 * evaluation))
+    _, took = clock.timed(lambda: bench.scores(rank))
+    if "trained" not in run.state:
+        size = bench.options.batch_size
+        batches = math.ceil(bench.options.score_samples / size)
+        _slow_down(bench, took / batches, clock.left(3 * evaluation))
 
-    rank = find_rank(bench)
-    train_all(bench, rank, reconsider)
+    rest = LAST_S - clock.passed() - 3 * evaluation
+    ends = {ALL: rest / (1 + 2 * SPARSE), FLOE: rest * (1 + SPARSE) / (1 + 2 * SPARSE)}
+    began = clock.passed()
+
+    def enough(name: str, done: int) -> bool:
+        first = run.state.get("trained", {}).get(ALL)
+        if first is not None and done >= first["steps"]:
+            return True
+        return done >= 1 and clock.passed() > began + ends.get(name, rest)
+
+    train_all(bench, rank, enough)
     write_report(run)
 
 
-def find_base(bench: Workbench) -> None:
-    """Evaluate the base model."""
-    bench.base_loss()
+class Clock:
+    """Counts from when it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def passed(self) -> float:
+        """Return the seconds since then."""
+        return time.monotonic() - self.start
+
+    def left(self, reserved: float) -> float:
+        """Return the seconds that are left for work, when some are reserved."""
+        return max(0.0, AIM_S - REPORT_S - reserved - self.passed())
+
+    def timed(self, work: Any) -> tuple[Any, float]:
+        """Return what ``work()`` returns, and the seconds that it took."""
+        before = self.passed()
+        return work(), self.passed() - before
 
 
-def measure_pace(bench: Workbench, evaluation: float, start: float) -> dict[str, Any]:
-    """Take a few steps with all layers, and share out the time that is left.
+def measure_step(bench: Workbench) -> float:
+    """Return the seconds of a training step with experts on all layers.
 
     Args:
-        bench: The model.
-        evaluation: Seconds that one evaluation took.
-        start: When the clock started, as ``time.monotonic`` gives it.
-
-    Returns:
-        The options chosen, and why, in words.
+        bench: The model and its run.
     """
     options = bench.options
     rank = options.rank or MEASURED_RANK
@@ -107,7 +131,7 @@ def measure_pace(bench: Workbench, evaluation: float, start: float) -> dict[str,
     torch.manual_seed(options.seed)
     apply_plan(bench.model, plan)
     try:
-        seconds = train(
+        return train(
             bench.model,
             bench.dataset.train,
             Recipe.of(options, MEASURED_STEPS),
@@ -117,8 +141,6 @@ def measure_pace(bench: Workbench, evaluation: float, start: float) -> dict[str,
         ).seconds_per_step
     finally:
         remove_adapters(bench.model)
-    left = AIM_S - REPORT_S - (time.monotonic() - start) - 3 * evaluation
-    return {**share_out(options, left, seconds), "evaluation": evaluation}
 
 
 def share_out(options: Options, left: float, seconds: float) -> dict[str, Any]:
@@ -130,43 +152,81 @@ def share_out(options: Options, left: float, seconds: float) -> dict[str, Any]:
         seconds: Of a step with all layers.
 
     Returns:
-        ``options``, ``slowest`` (seconds of the slowest step) and ``words``.
+        ``options``, ``seconds`` of the step that they make, and ``words``.
 
     Example:
-        >>> share_out(Options(trials=4), left=400, seconds=3.0)["options"]
-        {'batch_size': 8, 'search_steps': 5, 'score_samples': 64, 'steps': 38}
-        >>> share_out(Options(trials=4), left=400, seconds=60.0)["options"]
-        {'batch_size': 1, 'search_steps': 2, 'score_samples': 8, 'steps': 12}
+        >>> share_out(Options(**DEFAULTS), left=400, seconds=3.0)["options"]
+        {'batch_size': 8, 'search_steps': 5, 'score_samples': 64, 'steps': 39}
+        >>> share_out(Options(**DEFAULTS), left=400, seconds=60.0)["options"]
+        {'batch_size': 1, 'search_steps': 1, 'score_samples': 5, 'steps': 9}
     """
     size = options.batch_size
-    while size > 1 and affordable(0.7 * left, seconds) < LEAST_STEPS:
+    rest = 1 - sum(SHARES.values())
+    while size > 1 and affordable(rest * left, seconds) < LEAST_STEPS:
         size, seconds = size // 2, seconds / 2
-    trial = 0 if options.rank else options.trials * SEARCHED * seconds
-    search_steps = min(options.search_steps, max(2, int(0.17 * left / trial))) if trial else 1
-    scored = max(1, min(options.score_samples // size, int(0.08 * left / seconds)))
-    rest = left - search_steps * trial - scored * seconds
+    chosen: dict[str, Any] = {
+        "batch_size": size,
+        "search_steps": 1,
+        "score_samples": size,
+        "steps": 1,
+    }
+    whole = options.rank == 0
+    search_steps = options.search_steps
+    while search_steps > 1 and whole:
+        tried = replace(options, batch_size=size, search_steps=search_steps)
+        if _searching(tried) * seconds <= SHARES["search"] * left:
+            break
+        search_steps -= 1
+    chosen["search_steps"] = search_steps
+    spent = _searching(replace(options, **chosen)) * seconds
+    batches = max(1, min(options.score_samples // size, int(SHARES["score"] * left / seconds)))
+    chosen["score_samples"] = min(options.score_samples, batches * size)
     most = min(options.steps or MOST_STEPS, MOST_STEPS)
-    steps = min(most, affordable(rest, seconds))
+    chosen["steps"] = min(most, affordable(left - spent - batches * seconds, seconds))
     words = (
         f"a step of {size} x {options.length} tokens with all layers takes {seconds:.1f} s here, "
-        f"so the demo takes {steps} steps a training and aims at {AIM_S / 60:.0f} minutes"
+        f"so a training makes {chosen['steps']} steps, to end after about {AIM_S / 60:.0f} minutes"
     )
     if size < options.batch_size:
-        words += f"; this machine is slow, so a step has {size} samples, not {options.batch_size}"
-    chosen = {
-        "batch_size": size,
-        "search_steps": search_steps,
-        "score_samples": scored * size,
-        "steps": steps,
-    }
-    return {"options": chosen, "slowest": seconds, "words": words}
+        words += f"; this machine is slow: {size} samples a step instead of {options.batch_size}"
+    return {"options": chosen, "seconds": seconds, "words": words}
 
 
 def affordable(left: float, seconds: float) -> int:
-    """Return the steps that all three trainings can take in the time that is left.
+    """Return the steps that each of the three trainings can make in the time that is left.
 
     Args:
         left: Seconds.
         seconds: Of a step with all layers.
     """
-    return max(2, math.floor(left / (seconds * (1 + 2 * SPARSE))))
+    return max(1, math.floor(left / (seconds * (1 + 2 * SPARSE))))
+
+
+def _searching(options: Options) -> float:
+    """Return the time of the rank search, in steps with all layers."""
+    if options.rank:
+        return 0.0
+    judging = 2 * FORWARD * math.ceil(judges_of(options) / options.batch_size)
+    return options.trials * (options.search_steps * SEARCHED + judging)
+
+
+def _take(bench: Workbench) -> None:
+    bench.options = replace(bench.options, **bench.run.state["pace"]["options"])
+
+
+def _slow_down(bench: Workbench, seconds: float, left: float) -> None:
+    """Do less if a step takes ``seconds`` now, and that is much more than was counted on."""
+    pace = bench.run.state["pace"]
+    if seconds <= SLACK * pace["seconds"]:
+        return
+    options, size = dict(pace["options"]), pace["options"]["batch_size"]
+    if "score" not in bench.run.state:
+        batches = max(1, int(SHARES["score"] * left / seconds))
+        options["score_samples"] = min(options["score_samples"], batches * size)
+        left -= batches * seconds
+    options["steps"] = min(options["steps"], affordable(left, seconds))
+    bench.progress.say(
+        f"a step takes {seconds:.1f} s now, so a training makes {options['steps']} steps"
+    )
+    bench.run.finish("pace", {**pace, "options": options, "seconds": seconds})
+    _take(bench)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 HEADINGS = (
-    "", "held-out loss", "gain kept", "trainable parameters", "seconds a step", "peak memory",
+    "", "held-out loss", "gain kept", "trainable parameters", "s a step", "peak memory",
 )  # fmt: skip
 
 
@@ -87,6 +87,12 @@ def remarks(state: dict[str, Any]) -> list[str]:
         )
     if "all" in trained and base and trained["all"]["loss"] >= base["loss"]:
         lines.append("Training all layers did not lower the loss, so there is no gain to keep.")
+    if len(steps := {found.get("steps") for found in trained.values()}) > 1:
+        each = ", ".join(f"{found['title']}: {found['steps']}" for found in trained.values())
+        lines.append(f"The trainings ended early and differ in steps ({each}), so do not compare.")
+    elif any(found["steps"] < found.get("planned", 0) for found in trained.values()):
+        planned = max(found["planned"] for found in trained.values())
+        lines.append(f"The time was up after {min(steps)} of {planned} steps, the same for all.")
     methods = {found.get("peak_method") for found in trained.values()} - {None}
     lines += [f"Peak memory is {method}." for method in sorted(methods)]
     return lines

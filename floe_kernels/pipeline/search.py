@@ -125,10 +125,19 @@ def search_rank(
     return result
 
 
+def judges_of(options: Options) -> int:
+    """Return how many samples judge a trial, where there are enough.
+
+    Args:
+        options: Of the run.
+    """
+    return max(LEAST_HELD_OUT, options.search_samples // 4)
+
+
 def _splits(samples: Samples, options: Options) -> tuple[Samples, Samples]:
     """Draw the samples that trials train on and, apart from them, those that judge trials."""
     order = permutation(len(samples), options.seed, "search")
-    held_out = min(max(LEAST_HELD_OUT, options.search_samples // 4), len(samples) // 2)
+    held_out = min(judges_of(options), len(samples) // 2)
     if held_out < 1:
         raise ValueError(f"a rank search needs at least 2 training samples, got {len(samples)}")
     size = min(options.search_samples, len(samples) - held_out)

@@ -104,6 +104,7 @@ def train(
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int, float, dict[str, float]], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
+    enough: Callable[[int], bool] | None = None,
     title: str = "training",
     progress: Progress = SILENT,
 ) -> Training:
@@ -124,6 +125,7 @@ def train(
             twentieth of the time.
         on_step: Called after every step with the steps done, their loss, and further figures.
         on_resume: Called with the steps that the checkpoint has done, before going on.
+        enough: Called with the steps done before every further one; True ends the training early.
         title: What a progress bar is called.
         progress: Watches.
 
@@ -170,7 +172,7 @@ def train(
             deferred_interrupts() as interrupted,
             progress.bar(title, recipe.steps, done=done) as bar,
         ):
-            while done < recipe.steps:
+            while done < recipe.steps and not (enough is not None and enough(done)):
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate_at(done)

@@ -1,5 +1,6 @@
 """FLoE from end to end: which rank, which layers, and the adapter that follows."""
 
+import functools
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -169,20 +170,20 @@ def find_rank(bench: Workbench) -> int:
     return rank
 
 
-def train_all(bench: Workbench, rank: int, on_chosen: Callable[[], None] | None = None) -> None:
+def train_all(
+    bench: Workbench, rank: int, enough: Callable[[str, int], bool] | None = None
+) -> None:
     """Score, choose, and train what the options ask for, telling what came out.
 
     Args:
         bench: The model and its run.
         rank: Of every expert.
-        on_chosen: Called between choosing and training.
+        enough: Called with a training's name and the steps it has done; True ends it early.
     """
     plan = bench.choose(rank)
     layers = len({spec.layer for spec in bench.modules.values()})
     kept = len(plan.layers())
     bench.progress.say(f"layers kept, {kept} of {layers}: {', '.join(plan.layers())}")
-    if on_chosen is not None:
-        on_chosen()
     plans: dict[str, tuple[str, Plan]] = {}
     if bench.options.compare:
         keywords = {"experts": bench.options.experts, **bench.plan_options(rank)}
@@ -192,5 +193,6 @@ def train_all(bench: Workbench, rank: int, on_chosen: Callable[[], None] | None 
         draw = random(bench.modules, keep=bench.options.keep, seed=bench.options.seed, **keywords)
         plans[RANDOM] = f"random, {kept} of {layers} layers", draw
     for name, (title, one) in plans.items():
-        bench.train(name, one, title=title, keep_adapter=name == FLOE)
+        stop = None if enough is None else functools.partial(enough, name)
+        bench.train(name, one, title=title, keep_adapter=name == FLOE, enough=stop)
         bench.progress.say(f"{title}: held-out loss {bench.run.state['trained'][name]['loss']:.4f}")

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -151,7 +151,15 @@ class Workbench:
         a_step = self.options.batch_size * self.options.accumulation
         return max(1, math.ceil(self.options.epochs * len(self.dataset.train) / a_step))
 
-    def train(self, name: str, plan: Plan, *, title: str = "", keep_adapter: bool = True) -> None:
+    def train(
+        self,
+        name: str,
+        plan: Plan,
+        *,
+        title: str = "",
+        keep_adapter: bool = True,
+        enough: Callable[[int], bool] | None = None,
+    ) -> None:
         """Train a plan's adapters from the start, evaluate them, note what came out.
 
         Args:
@@ -159,6 +167,7 @@ class Workbench:
             plan: Where the experts go.
             title: What people call it.
             keep_adapter: Write it to the folder ``adapter``.
+            enough: Ends the training early, as in :func:`~floe_kernels.pipeline.training.train`.
         """
         if name in self.run.state.get("trained", {}):
             return
@@ -179,7 +188,7 @@ class Workbench:
                     history.add("evaluation", run=name, step=step, **self._evaluate()._asdict())
 
             recipe = Recipe.of(options, self.steps())
-            train(
+            steps = train(
                 self.model,
                 self.dataset.train,
                 recipe,
@@ -188,12 +197,13 @@ class Workbench:
                 checkpoint_seconds=options.checkpoint_seconds,
                 on_step=note,
                 on_resume=rewind,
+                enough=enough,
                 title=title or f"training {name}",
                 progress=self.progress,
-            )
+            ).steps
             found = self._evaluate()
-            history.rewind("evaluation", after=recipe.steps - 1, run=name)
-            history.add("evaluation", run=name, step=recipe.steps, **found._asdict())
+            history.rewind("evaluation", after=steps - 1, run=name)
+            history.add("evaluation", run=name, step=steps, **found._asdict())
             if keep_adapter:
                 save_adapter(self.model, self.run.folder / "adapter")
         finally:
@@ -203,7 +213,8 @@ class Workbench:
             **self.run.state.get("trained", {}),
             name: {
                 "title": title or name,
-                "steps": recipe.steps,
+                "steps": steps,
+                "planned": recipe.steps,
                 "loss": found.loss,
                 "tokens": found.tokens,
                 "parameters": plan.parameters(),

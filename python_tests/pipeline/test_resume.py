@@ -16,9 +16,13 @@ SMALL = {
     "dtype": "float32", "length": 32, "ranks": "2,4,8", "trials": 3, "search_steps": 6,
     "search_samples": 8, "score_samples": 8, "steps": 20, "experts": 2, "keep": 0.5,
     "learning_rate": 0.02, "dropout": 0.1, "variant": "gate", "warm_up_steps": 6,
-    "checkpoint_seconds": 0.0, "eval_every": 7, "threads": 1,
+    "checkpoint_seconds": 0.0, "eval_every": 7, "threads": 1, "targets": "q_proj,down_proj",
 }  # fmt: skip
-PRELOAD = ["torch", "transformers", "floe_kernels.pipeline.tune", "matplotlib.figure", "optuna"]
+PRELOAD = [
+    "floe_kernels.pipeline.tune", "matplotlib.backends.backend_svg", "optuna.samplers._gp.sampler",
+    "scipy.optimize", "torch._dynamo", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
