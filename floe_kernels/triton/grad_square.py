@@ -200,6 +200,33 @@ def grad_square_kernel(
         tl.store(square_ptr + out, square, mask=in_dr)
 
 
+@triton.jit
+def segment_sum_kernel(
+    value_ptr,  # (N,) float32
+    offsets_ptr,  # (S + 1,) int64
+    out_ptr,  # (S,) float32
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add up one sample's rows in their order, a block at a time."""
+    sample = tl.program_id(0)
+    begin = tl.load(offsets_ptr + sample)
+    rows = tl.load(offsets_ptr + sample + 1) - begin
+    t = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(tl.cdiv(rows, BLOCK).to(tl.int32)):
+        row = step * BLOCK + t
+        total += tl.load(value_ptr + begin + row, mask=row < rows, other=0.0)
+    tl.store(out_ptr + sample, tl.sum(total, axis=0))
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum over each sample's rows, ``(S,)`` float32, the same bits in every run."""
+    out = values.new_empty(len(offsets) - 1)
+    if len(out):
+        segment_sum_kernel[(len(out),)](values, offsets.contiguous(), out, BLOCK=256, **options())
+    return out
+
+
 class Blocks(NamedTuple):
     """The samples cut into blocks of tokens, on the device."""
 

@@ -150,23 +150,24 @@ def grouped_update_kernel(
         first, live, _, token, column, rank = _load_tile(
             tile_ptr, index.to(tl.int64), pair_ptr, columns_ptr, K, ROWS
         )
-        q = tl.arange(0, BLOCK_Q)
         d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_d = d < D
         place = first + tl.arange(0, ROWS)
-        in_q = q < rank
-        left = tl.load(
-            left_ptr + place[:, None] * Q + q[None, :],
-            mask=live[:, None] & in_q[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + ((column + q).to(tl.int64)[:, None] * D + d[None, :]),
-            mask=in_q[:, None] & in_d[None, :],
-            other=0.0,
-        )
         acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        acc = dot(left, right.to(left.dtype), acc, PRECISION, WIDEN)
+        for step in range(tl.cdiv(Q, BLOCK_Q)):
+            q = step * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            in_q = q < rank
+            left = tl.load(
+                left_ptr + place[:, None] * Q + q[None, :],
+                mask=live[:, None] & in_q[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                right_ptr + ((column + q).to(tl.int64)[:, None] * D + d[None, :]),
+                mask=in_q[:, None] & in_d[None, :],
+                other=0.0,
+            )
+            acc = dot(left, right.to(left.dtype), acc, PRECISION, WIDEN)
         if DROPOUT:
             kept = kept_elements(token[:, None] * D + d[None, :], tl.load(seed_ptr), threshold)
             acc = tl.where(kept, acc * keep_scale, 0.0)

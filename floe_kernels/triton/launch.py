@@ -122,11 +122,15 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or (x.shape[-1] <= 1 and x.is_contiguous()) else x.contiguous()
 
 
-def shrink_tile(x: Tensor, columns: int) -> Tile:
-    """Tokens by packed columns, summed over inputs."""
+def shrink_tile(x: Tensor, columns: int, split_router: bool = False) -> Tile:
+    """Tokens by packed columns, summed over inputs.
+
+    A float32 router of over 32 experts is split into narrow parts in registers: half the depth, or
+    it spills (sm_80).
+    """
     if not is_narrow(x):
         return Tile(32, block(columns, 64), 16, 4, 2)
-    return Tile(64, block(columns, 128), 64, 8, 4)
+    return Tile(64, block(columns, 128), 32 if split_router else 64, 8, 4)
 
 
 def gate_tile(x: Tensor, columns: int) -> Tile:

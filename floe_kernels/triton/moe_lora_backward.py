@@ -13,7 +13,7 @@ from torch import Tensor
 
 from floe_kernels import reference
 from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, Gradients
-from floe_kernels.triton.grad_square import grad_squares
+from floe_kernels.triton.grad_square import grad_squares, segment_sum
 from floe_kernels.triton.launch import (
     MOST_EXPERTS_IN_TILE,
     SPLIT_BELOW,
@@ -215,9 +215,7 @@ def add_fisher(
         elif square is not None and not direct:
             buffer.add_(square if buffer.ndim == 2 else square.sum(1))
     if fisher.gate is not None and gate.score is not None:
-        # differences of a running sum need the digits
-        total = torch.nn.functional.pad(gate.score.double().cumsum(0), (1, 0))
-        samples = total[fisher.offsets[1:]] - total[fisher.offsets[:-1]]
+        samples = segment_sum(gate.score, fisher.offsets)
         fisher.gate.add_(samples if fisher.scale is None else samples * fisher.scale)
     return left
 

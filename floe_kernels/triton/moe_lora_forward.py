@@ -74,7 +74,8 @@ def shrink_and_route(
     )
     if n == 0:
         return out
-    tile, owners = shrink_tile(x, c), column_experts(ranks, x.device)
+    tile = shrink_tile(x, c, router.dtype != x.dtype and e > 32)
+    owners = column_experts(ranks, x.device)
     block_e, block_k = block(e, MOST_EXPERTS_IN_TILE), block(top_k, 1 << 16, 1)
     products = {"HAS_MASK": mask is not None, "DROPOUT": dropout.active, **arithmetic(x)}
     launch = options(tile.warps, tile.stages, x.device)

@@ -61,6 +61,11 @@ def tile_rows(pairs: Pairs) -> int:
     return block(pairs.total // (pairs.experts * pairs.chunks), 64)
 
 
+def pair_warps(q: int) -> int:
+    """Return the warps of a gathered product: 64 rows by 128 columns spill in four (sm_90)."""
+    return 8 if q > 64 else 4
+
+
 def shrink_pairs(
     x: Tensor,
     lora_A: Tensor,
@@ -79,7 +84,8 @@ def shrink_pairs(
         x, lora_A, scaling, gates, tiles.tile, pairs.pair, expert_columns(ranks, x.device),
         dropout.seed, z, h, dropout.threshold, dropout.keep_scale, x.stride(0), i, len(lora_A), q,
         triton.cdiv(i, tile.depth), K=pairs.slots, DROPOUT=dropout.active, **arithmetic(x),
-        ROWS=rows, BLOCK_D=tile.depth, BLOCK_Q=q, **options(4, tile.stages, x.device),
+        ROWS=rows, BLOCK_D=tile.depth, BLOCK_Q=q,
+        **options(pair_warps(q), tile.stages, x.device),
     )  # fmt: skip
     return z, h
 
@@ -106,7 +112,7 @@ def update_pairs(
                 (first * pairs.slots + slot) * pairs.experts,
                 out.stride(0), d, pairs.experts, q, K=pairs.slots,
                 DROPOUT=dropout is not None and dropout.active, **arithmetic(left),
-                ROWS=rows, BLOCK_D=tile.columns, BLOCK_Q=q,
+                ROWS=rows, BLOCK_D=tile.columns, BLOCK_Q=tile.depth,
                 **options(tile.warps, tile.stages, out.device),
             )  # fmt: skip
     return out
@@ -132,7 +138,7 @@ def gate_pairs(
         dy, lora_B, scaling, gates, z, tiles.tile, pairs.pair, expert_columns(ranks, dy.device),
         *out, dy.stride(0), o, len(lora_B), q, triton.cdiv(o, tile.depth),
         K=pairs.slots, **arithmetic(dy), ROWS=rows, BLOCK_D=tile.depth, BLOCK_Q=q,
-        **options(4, tile.stages, dy.device),
+        **options(pair_warps(q), tile.stages, dy.device),
     )  # fmt: skip
     return out
 
@@ -172,14 +178,15 @@ def weight_gradient_pairs(
 ) -> None:
     """Write every expert's ``g^T x[tokens]`` to its rows of ``out``."""
     d, q = x.shape[1], g.shape[1]
-    tile, columns = weight_tile(x, q), expert_columns(ranks, x.device)
+    active = dropout is not None and dropout.active
+    tile, columns = weight_tile(x, q, active), expert_columns(ranks, x.device)
     tiles = list_tiles(pairs, BY_EXPERT, PIECE)
     # a split expert has more than PIECE pairs, hence less than twice as many pieces as full ones
     part = x.new_empty(2 * triton.cdiv(pairs.total, PIECE), q, d, dtype=torch.float32)
     grouped_weight_grad_kernel[(tiles.bound, triton.cdiv(d, tile.rows))](
         g, x, tiles.tile, pairs.pair, columns, dropout.seed if dropout else None, out, part,
         dropout.threshold if dropout else 0, dropout.keep_scale if dropout else 1.0,
-        x.stride(0), d, q, K=pairs.slots, DROPOUT=dropout is not None and dropout.active,
+        x.stride(0), d, q, K=pairs.slots, DROPOUT=active,
         **arithmetic(x), BLOCK_N=tile.depth, BLOCK_D=tile.rows, BLOCK_Q=q,
         **options(tile.warps, tile.stages, x.device),
     )  # fmt: skip

@@ -6,7 +6,13 @@ from closeness import assert_no_worse
 
 from floe_kernels import reference
 from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, adapter
-from floe_kernels.triton import grouping, moe_lora_backward, moe_lora_forward, moe_lora_grouped
+from floe_kernels.triton import (
+    grouping,
+    launch,
+    moe_lora_backward,
+    moe_lora_forward,
+    moe_lora_grouped,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -29,6 +35,7 @@ CASES = {
     "many experts": (20, 40, 24, [2] * 70, 2, {}),
     "wide": (20, 40, 24, [48, 96], 2, {}),
     "no columns": (9, 40, 24, [0, 0], 1, {}),
+    "one hot": (70, 40, 24, [4, 4, 4], 1, {"hot": True}),
 }
 DTYPES = {
     "fp32": (FP32, FP32),
@@ -37,6 +44,11 @@ DTYPES = {
     "fp16": (FP16, FP16),
     "fp16 fp32": (FP16, FP32),
 }
+REGIMES = ["split", "whole", "grouped"]
+NOT_GROUPED = ("many experts", "shared", "shared 2", "all kept", "renormalized 1", "top 1")
+EVERY = [(r, n, "fp32") for r in REGIMES for n in CASES if r != "grouped" or n not in NOT_GROUPED]
+EVERY += [(r, "dropout", d) for r in REGIMES for d in DTYPES if d != "fp32"]
+EVERY += [(r, "top 2", d) for r in REGIMES[:2] for d in DTYPES if d != "fp32"]
 
 
 def draw(name, dtypes=(FP32, FP32)):
@@ -57,6 +69,8 @@ def draw(name, dtypes=(FP32, FP32)):
         "lora_B": weights[1].to(weight_dtype) / 4,
         "router": randn(len(ranks), i).to(weight_dtype) / i**0.5,
     }
+    if options.get("hot"):  # every token goes to one expert, the others stay empty
+        operands["x"], operands["router"][1] = operands["x"].abs(), 1.0
     operands = {key: value.to(DEVICE) for key, value in operands.items()}
     mask = torch.rand(n, generator=generator) < 0.7 if options.get("mask") else None
     if mask is not None:
@@ -75,7 +89,7 @@ def factor(dtypes):
     return 4.0 if dtypes.startswith("bf16") and DEVICE == "cpu" else 2.0
 
 
-@pytest.fixture(params=["split", "whole", "grouped"])
+@pytest.fixture(params=REGIMES)
 def regime(request, monkeypatch):
     """Run few tokens through the kernels for few, through those for many, and sorted by expert."""
     for module in (moe_lora_forward, moe_lora_backward):
@@ -84,16 +98,12 @@ def regime(request, monkeypatch):
         monkeypatch.setattr(module, "use_groups", lambda *args, on=groups: on and not args[2])
     # several chunks, and experts in several pieces
     for module in (grouping, moe_lora_grouped):
-        monkeypatch.setattr(module, "CHUNK", 16)
+        monkeypatch.setattr(module, "CHUNK", 32)
     monkeypatch.setattr(moe_lora_grouped, "PIECE", 8)
     return request.param
 
 
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [(name, "fp32") for name in CASES]
-    + [(name, d) for name in ("top 2", "dropout") for d in DTYPES if d != "fp32"],
-)
+@pytest.mark.parametrize(("regime", "name", "dtypes"), EVERY, indirect=["regime"])
 def test_forward_matches_reference(name, dtypes, regime):
     operands, route, _ = draw(name, DTYPES[dtypes])
     x, weight, lora_A, lora_B, router = operands.values()
@@ -115,6 +125,22 @@ def test_forward_matches_reference(name, dtypes, regime):
     assert_no_worse(out[rows], peer_out[rows], true_out[rows], factor(dtypes))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's NumPy
+def test_non_finite_row_stays_alone(regime):
+    operands, route, _ = draw("top 2")
+    x, weight, lora_A, lora_B, router = operands.values()
+    args = (weight, None, lora_A, lora_B, router, *route)
+    whole = moe_lora_forward.moe_lora_linear(x, *args)
+    x[5] = float("nan")
+    spoilt = moe_lora_forward.moe_lora_linear(x, *args)
+    others = torch.arange(len(x), device=x.device) != 5
+    for one, two in zip(spoilt, whole, strict=True):
+        torch.testing.assert_close(one[others], two[others])
+    assert spoilt[0][5].isnan().all()
+    assert spoilt[3][5].isnan().all()
+    assert 0 <= spoilt[2][5].min() <= spoilt[2][5].max() < len(router), "ids index other tensors"
+
+
 def test_foreign_base_is_left_alone(regime):
     operands, route, _ = draw("top 2")
     x, weight, lora_A, lora_B, router = operands.values()
@@ -127,11 +153,7 @@ def test_foreign_base_is_left_alone(regime):
     assert_no_worse(out, peer, truth)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [(name, "fp32") for name in CASES]
-    + [(name, d) for name in ("top 2", "dropout") for d in DTYPES if d != "fp32"],
-)
+@pytest.mark.parametrize(("regime", "name", "dtypes"), EVERY, indirect=["regime"])
 def test_backward_matches_reference(name, dtypes, regime):
     operands, route, aux = draw(name, DTYPES[dtypes])
     x, weight, lora_A, lora_B, router = operands.values()
@@ -177,12 +199,23 @@ def test_only_what_is_needed(wanted):
         assert torch.equal(some, whole) if need else some.shape == (0,)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after another")
 def test_runs_repeat_bit_for_bit(regime):
     operands, route, _ = draw("top 2", DTYPES["bf16"])
     x, weight, lora_A, lora_B, router = operands.values()
     args = (x, weight, None, lora_A, lora_B, router, *route)
     for one, two in zip(*(moe_lora_forward.moe_lora_linear(*args) for _ in "ab"), strict=True):
         assert torch.equal(one, two)
+
+
+def test_dropout_draws_the_reference_mask():
+    n, d, p = 3, 40, 0.4
+    seed = torch.tensor(-5, device=DEVICE)
+    out = torch.zeros(n, d, device=DEVICE)
+    update = moe_lora_forward.update
+    ones = torch.ones(n, 16, device=DEVICE), torch.full((16, d), 1 / 16, device=DEVICE)
+    update(None, out, *ones, dropout=launch.as_dropout(p, seed))
+    assert torch.equal(out != 0, reference.dropout(torch.ones_like(out), p, seed) != 0)
 
 
 def test_fisher_matches_reference():
