@@ -45,6 +45,7 @@ class TerminalProgress(Progress):
                 _Rate(),
                 rich_progress.TextColumn("{task.fields[figures]}", markup=False),
                 rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("left"),
                 console=self.console,
                 transient=True,
             )

@@ -11,8 +11,9 @@ from floe_kernels.allocation import uniform
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
 from floe_kernels.pipeline.datasets import STDLIB
 from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.packages import check_packages
 from floe_kernels.pipeline.progress import SILENT, Progress
-from floe_kernels.pipeline.report import check_plots, write_report
+from floe_kernels.pipeline.report import write_report
 from floe_kernels.pipeline.runs import Run
 from floe_kernels.pipeline.search import judges_of
 from floe_kernels.pipeline.training import Recipe, train
@@ -65,7 +66,7 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
         ImportError: An optional package is missing.
     """
     clock = Clock()
-    check_plots()
+    check_packages(options)
     bench = open_bench(run, options, progress)
     _, evaluation = clock.timed(bench.base_loss)
     if "pace" not in run.state:

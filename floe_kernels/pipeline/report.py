@@ -7,7 +7,6 @@ from typing import Any
 from floe_kernels.allocation import Plan
 from floe_kernels.pipeline import files
 from floe_kernels.pipeline.plots import (
-    check_matplotlib,
     importance_plot,
     loss_plot,
     search_plot,
@@ -17,7 +16,6 @@ from floe_kernels.pipeline.results import HEADINGS, remarks, results
 from floe_kernels.pipeline.runs import Run
 
 REPORT = "report.html"
-check_plots = check_matplotlib
 
 
 def write_report(run: Run) -> None:

@@ -13,8 +13,9 @@ from floe_kernels.pipeline.evaluation import Evaluation, evaluate
 from floe_kernels.pipeline.machine import describe_machine
 from floe_kernels.pipeline.models import load_model
 from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.packages import check_packages
 from floe_kernels.pipeline.progress import SILENT, Progress
-from floe_kernels.pipeline.report import check_plots, write_report
+from floe_kernels.pipeline.report import write_report
 from floe_kernels.pipeline.runs import Run, open_run
 from floe_kernels.pipeline.score_file import ScoreFile
 from floe_kernels.pipeline.workbench import SHORT, Workbench
@@ -43,7 +44,7 @@ def tune(run: Run, options: Options, progress: Progress = SILENT) -> None:
         OSError: A file cannot be read or written.
         ImportError: An optional package is missing.
     """
-    check_plots()
+    check_packages(options)
     check_data(options)
     bench = open_bench(run, options, progress)
     rank = find_rank(bench)
@@ -65,7 +66,7 @@ def train_plan(run: Run, options: Options, plan: Plan, progress: Progress = SILE
         OSError: A file cannot be read or written.
         ImportError: An optional package is missing.
     """
-    check_plots()
+    check_packages(options)
     check_data(options)
     run.pin(plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:SHORT])
     bench = open_bench(run, options, progress)

