@@ -110,3 +110,10 @@ def test_it_does_not_depend_on_the_plan():
     plan = uneven_plan(model)
     only = type(plan)({name: plan.placements[name]}, "test", modules=plan.modules)
     assert fingerprint(apply_plan(model, only)) == first
+
+
+def test_a_foreign_wrapper_is_part_of_the_base():
+    linear = nn.Linear(2, 2)
+    bare = nn.ModuleDict({"q": linear})
+    wrapped = nn.ModuleDict({"q": nn.ModuleDict({"base_layer": linear})})
+    assert fingerprint(bare) != fingerprint(wrapped)
