@@ -6,6 +6,7 @@ on every ratio, or if a provider that was right is no longer.
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +41,16 @@ def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterat
         was = old.get(key(new))
         if was is None:
             continue
-        names = key(new)[1:]
+        _, op, mode, case, provider = key(new)
+        change = partial(Change, op, mode, case, provider)
         if was["status"] == "ok" and new["status"] != "ok":
-            yield Change(*names, "error", None, None, f"now {new['status']}: {new['why']}")
+            yield change("error", None, None, f"now {new['status']}: {new['why']}")
             continue
         for ratio in RATIOS:
             if was.get(ratio) and new.get(ratio) and new["role"] != "base":
                 a, b = Spread(*was[ratio]), Spread(*new[ratio])
                 direction = "faster" if b.median < a.median else "slower"
-                yield Change(*names, ratio, a, b, "same" if a.overlaps(b) else direction)
+                yield change(ratio, a, b, "same" if a.overlaps(b) else direction)
 
 
 def table(found: list[Change]) -> str:

@@ -33,11 +33,11 @@ class LoopedExperts(nn.Module):
         self.A = nn.ModuleList(nn.Linear(base.in_features, r, **options) for r in ranks)
         self.B = nn.ModuleList(nn.Linear(r, base.out_features, **options) for r in ranks)
         for layer in self.B:
-            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.get_parameter("weight"))
         self.scales, self.top_k = [16.0 / r for r in ranks], top_k
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y: Tensor = self.base(x)
         flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         tokens = flat.to(self.router.weight.dtype)
         values, experts = self.router(tokens).float().topk(self.top_k, dim=-1)
@@ -65,7 +65,9 @@ def base_model(options: argparse.Namespace) -> nn.Module:
     return model.to(getattr(torch, options.dtype)).requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def replace(model: nn.Module, keep: Callable[[int], bool], make: Callable[[Any], nn.Module]) -> nn.Module:
+def replace(
+    model: nn.Module, keep: Callable[[int], bool], make: Callable[[Any], nn.Module]
+) -> nn.Module:
     """Put an adapter on every target linear of the layers that ``keep`` names."""
     for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
         for parent in (layer.self_attn, layer.mlp) if keep(index) else ():
@@ -77,6 +79,7 @@ def replace(model: nn.Module, keep: Callable[[int], bool], make: Callable[[Any],
 
 def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
     """Return how to make each model. A quarter of the layers is every fourth, from the second."""
+    quarter = {i for i in range(options.layers) if i % 4 == min(1, options.layers - 1)}
     ranks, dtype = [options.rank] * options.experts, getattr(torch, options.adapter_dtype)
 
     def peft() -> nn.Module:
@@ -98,7 +101,7 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
         "PEFT LoRA, equal columns": peft,
         "MoLA's loop": looped,
         "ours, all layers": lambda: fused(lambda _: True),
-        "ours, a quarter of the layers": lambda: fused(lambda index: index % 4 == 1),
+        "ours, a quarter of the layers": lambda: fused(quarter.__contains__),
     }
 
 
@@ -147,8 +150,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """Return the sizes, as a record's case."""
-    sizes = {k: v for k, v in vars(options).items() if k not in ("out", "threads", "seconds", "device")}
-    name = f"llama-{options.layers}x{options.hidden}-T{options.batch * options.length}-{options.dtype}"
+    sizes = {
+        k: v for k, v in vars(options).items() if k not in ("out", "threads", "seconds", "device")
+    }
+    name = (
+        f"llama-{options.layers}x{options.hidden}-T{options.batch * options.length}-{options.dtype}"
+    )
     return {"name": name, **sizes}
 
 
@@ -161,8 +168,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name, make in variants(options).items():
         try:
             step = TrainingStep(make(), batches)
-        except ImportError as error:
-            why[name] = str(error).splitlines()[0]
+        except ImportError as missing:
+            why[name] = str(missing).splitlines()[0]
             continue
         losses[name] = step.forward().item()
         step.count = 0
@@ -197,7 +204,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return the table of one run."""
-    header = ("variant", "loss error", "tokens/s (20 to 80 %)", "time / PEFT LoRA", "peak MB", "trained")
+    header = (
+        "variant",
+        "loss error",
+        "tokens/s (20 to 80 %)",
+        "time / PEFT LoRA",
+        "peak MB",
+        "trained",
+    )
     rows = []
     for line in lines:
         if line["status"] == "unavailable":

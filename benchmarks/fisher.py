@@ -21,7 +21,9 @@ def samples_of(inputs: MoELoRAInputs) -> list[MoELoRAInputs]:
     one = dataclasses.replace(case, tokens=length, samples=1)
     return [
         inputs._replace(case=one, x=x, grad_out=g)
-        for x, g in zip(inputs.x.split(length), inputs.grad_out.split(length), strict=True)
+        for x, g in zip(
+            torch.split(inputs.x, length), torch.split(inputs.grad_out, length), strict=True
+        )
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import registry
-from benchmarks.check import Checker
+from benchmarks.check import Checker, one_line
 from benchmarks.graphed import GraphedStep
 from benchmarks.registry import Operation, Provider
 
@@ -129,9 +129,9 @@ def main(argv: list[str] | None = None) -> int:
             except Exception as error:
                 failed += 1
                 where = traceback.extract_tb(sys.exc_info()[2])[-1]
-                line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+                why = one_line(error)
                 place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
-                print(f"FAILED  {name:8} {op.name} {case.name}: {type(error).__name__} {line} ({place})", flush=True)
+                print(f"FAILED  {name:8} {op.name} {case.name}: {why} ({place})", flush=True)
     print(f"{failed} checks failed")
     return int(failed > 0)
 

@@ -1,6 +1,7 @@
 """The operation ``grad_square``: one weight gradient, and the sum of its samples' squares."""
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def by_sample(g: Tensor, x: Tensor, offsets: Tensor) -> dict[str, Tensor]:
     wide = torch.promote_types(g.dtype, torch.float32)
     fisher = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
     bounds = offsets.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         sample = (g[begin:end].T @ x[begin:end]).to(wide)
         fisher.addcmul_(sample, sample)
     return {"grad": g.T @ x, "fisher": fisher}

@@ -1,5 +1,6 @@
 """Plots of a results file: speed against T, against R with the crossover, and the roofline."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def against(axis: Any, lines: Lines, size: str) -> None:
     """Draw each provider's time over the base linear's, with its 20 to 80 % band."""
     for provider, (colour, marker) in STYLE.items():
         points = sorted(
-            (line["case"][size], *line["over_base"]) for line in lines if line["provider"] == provider
+            (line["case"][size], *line["over_base"])
+            for line in lines
+            if line["provider"] == provider
         )
         if not points:
             continue
@@ -54,8 +57,10 @@ def crossover(lines: Lines, first: str, second: str) -> float | None:
     ratio: dict[int, dict[str, float]] = {}
     for line in lines:
         ratio.setdefault(line["case"]["columns"], {})[line["provider"]] = line["over_base"][0]
-    both = sorted((r, t[first] / t[second]) for r, t in ratio.items() if {first, second} <= t.keys())
-    for (r0, q0), (r1, q1) in zip(both, both[1:], strict=False):
+    both = sorted(
+        (r, t[first] / t[second]) for r, t in ratio.items() if {first, second} <= t.keys()
+    )
+    for (r0, q0), (r1, q1) in itertools.pairwise(both):
         if q0 <= 1 < q1:
             share = (1 - q0) / (q1 - q0)
             return float(r0 * (r1 / r0) ** share)

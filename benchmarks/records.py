@@ -29,7 +29,9 @@ def cpu_model() -> str:
     fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     name = fields.get("model name", platform.machine())
-    units = [u for u in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if u in fields.get("flags", "")]
+    units = [
+        u for u in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if u in fields.get("flags", "")
+    ]
     return f"{name} ({', '.join(units)})" if units else name
 
 

@@ -66,7 +66,10 @@ class AutogradStep(Step):
         return {"y": out.detach(), **grads}
 
     def held(self) -> list[Tensor]:
-        return [*self.frozen, *(t for n, t in zip(self.names, self.leaves, strict=True) if n != "x")]
+        return [
+            *self.frozen,
+            *(t for n, t in zip(self.names, self.leaves, strict=True) if n != "x"),
+        ]
 
 
 @dataclass(frozen=True)

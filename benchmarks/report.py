@@ -57,7 +57,9 @@ def markdown(header: Iterable[str], rows: list[list[str]]) -> str:
     """Return a table, padded so that it also reads as text."""
     table = [list(header), *rows]
     widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in table]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in table
+    ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
@@ -69,7 +71,9 @@ def title(line: dict[str, Any]) -> str:
     parts += [f"E={c['experts']}, K={c['top_k']}"] if "experts" in c else []
     parts += [f"R={c['columns']}"]
     parts += [f"{c['samples']} samples"] if c.get("samples", 1) > 1 else []
-    parts += [c["dtype"]] + ([f"{c['routing']} routing"] if c.get("routing", "even") != "even" else [])
+    parts += [c["dtype"]] + (
+        [f"{c['routing']} routing"] if c.get("routing", "even") != "even" else []
+    )
     where = f"{line['machine']}, {line.get('threads', line['cores'])} cores"
     return f"{line['op']} {line['mode']}, {c['name']}: {', '.join(parts)}; {where}"
 
@@ -154,7 +158,9 @@ def last_of_each(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the last record of every measurement, in the order of first appearance."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in lines:
-        found[line["machine"], line["op"], line["mode"], line["case"]["name"], line["provider"]] = line
+        found[line["machine"], line["op"], line["mode"], line["case"]["name"], line["provider"]] = (
+            line
+        )
     return list(found.values())
 
 

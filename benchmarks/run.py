@@ -14,7 +14,10 @@ from benchmarks.measure import measure
 
 #: What a quick run measures: about five minutes on two cores, compilation included.
 QUICK = {
-    "moe_lora": ("T512-bf16", "T512-fp32", "T1-bf16", "R1024-E64-bf16", "uneven-ranks-bf16", "llama1b-kv-bf16"),
+    "moe_lora": (
+        "T512-bf16", "T512-fp32", "T1-bf16", "R1024-E64-bf16", "uneven-ranks-bf16",
+        "llama1b-kv-bf16",
+    ),
     "fisher": ("dense-r16-len512-bf16", "routed-r16-len128-bf16"),
     "grad_square": ("r16-len512-bf16", "r16-len32-bf16"),
 }  # fmt: skip

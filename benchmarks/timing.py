@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +52,6 @@ def waited() -> float:
     return total / 1e9
 
 
-def calls(step: Step, mode: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """Return (untimed preparation, timed call)."""
-    if mode == "fwd":
-        return lambda: None, lambda _: step.forward()
-    if mode == "bwd":
-        return step.forward, step.backward
-    return lambda: None, lambda _: step.backward(step.forward())
-
-
 class Clock:
     """Times blocks of calls on one device."""
 
@@ -68,16 +60,15 @@ class Clock:
 
     def time(self, steps: Sequence[Step], mode: str) -> float:
         """Run one call on each step and return the mean seconds of a call."""
-        total = 0.0
-        if mode == "bwd":  # each call's graph is built outside the clock
-            for step in steps:
-                prepare, run = calls(step, mode)
-                state = prepare()
-                total += self._block([lambda run=run, state=state: run(state)])
-            return total / len(steps)
-        return self._block([lambda s=s: calls(s, mode)[1](None) for s in steps]) / len(steps)
+        if mode == "fwd":
+            total = self._block([step.forward for step in steps])
+        elif mode == "bwd":  # each graph is built outside the clock
+            total = sum(self._block([partial(s.backward, s.forward())]) for s in steps)
+        else:
+            total = self._block([partial(_both, step) for step in steps])
+        return total / len(steps)
 
-    def _block(self, work: list[Callable[[], Any]]) -> float:
+    def _block(self, work: Sequence[Callable[[], Any]]) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -86,12 +77,11 @@ class Clock:
                 call()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1e3
+            return float(begin.elapsed_time(end)) / 1e3
         start = time.perf_counter()
         for call in work:
             call()
         return time.perf_counter() - start
-
 
     def sample(self, steps: Sequence[Step], mode: str) -> tuple[float, float]:
         """Return the mean seconds of a call, and the share of the time spent waiting for a core."""
@@ -100,6 +90,10 @@ class Clock:
         waited_before, start = waited(), time.perf_counter()
         seconds = self.time(steps, mode)
         return seconds, (waited() - waited_before) / max(time.perf_counter() - start, 1e-9)
+
+
+def _both(step: Step) -> None:
+    step.backward(step.forward())
 
 
 def interleave(
@@ -136,7 +130,8 @@ def interleave(
             names = list(steps)
             order.shuffle(names)
             for name in names:
-                sets, tries = steps[name], []
+                sets = steps[name]
+                tries: list[tuple[float, float]] = []
                 while not tries or (tries[-1][1] > DISTURBED and len(tries) <= RETAKES):
                     chosen = [sets[(cursor + i) % len(sets)] for i in range(block[name])]
                     cursor += block[name]

@@ -47,7 +47,7 @@ def forward(
 ) -> Tensor:
     """Compute the layer; not in place for vmap, which has no rule for addmm_."""
     y = F.linear(x, weight)
-    z, logits = F.linear(x, shrink.to(x.dtype)).split([len(shrink) - case.experts, case.experts], 1)
+    z, logits = F.linear(x, shrink.to(x.dtype)).tensor_split([len(shrink) - case.experts], 1)
     gates = routed(case, logits)[2]
     h = spread(case, gates, z, scaling, ones)
     lora_B = lora_B.to(x.dtype)
@@ -63,7 +63,7 @@ class ByHand(torch.autograd.Function):
         scaling: Tensor, ones: Tensor,
     ) -> Tensor:  # fmt: skip
         zl = F.linear(x, shrink.to(x.dtype))
-        z, logits = zl.split([len(shrink) - case.experts, case.experts], 1)
+        z, logits = zl.tensor_split([len(shrink) - case.experts], 1)
         kept, experts, gates = routed(case, logits)
         ctx.case = case
         ctx.save_for_backward(x, weight, shrink, lora_B, scaling, ones, zl, kept, experts)
@@ -71,10 +71,10 @@ class ByHand(torch.autograd.Function):
         return F.linear(x, weight).addmm_(h, lora_B.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         case = ctx.case
         x, weight, shrink, lora_B, scaling, ones, zl, kept, experts = ctx.saved_tensors
-        z, logits = zl.split([len(shrink) - case.experts, case.experts], 1)
+        z, logits = zl.tensor_split([len(shrink) - case.experts], 1)
         gates = kept.new_zeros(logits.shape).scatter_(1, experts, kept)
         u = dy @ lora_B.to(x.dtype).T
         z_all = z.repeat(1, case.experts) if case.shared_A else z

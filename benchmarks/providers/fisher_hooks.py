@@ -33,15 +33,16 @@ class ExpertLinears(nn.Module):
         if case.shared_A:
             raise Unavailable("written for experts with an A of their own")
         self.base = linear(inputs.weight).requires_grad_(False)
-        self.A = nn.ModuleList(linear(a) for a in inputs.lora_A.split(case.ranks))
-        self.B = nn.ModuleList(linear(b.T) for b in inputs.lora_B.split(case.ranks))
+        self.A = nn.ModuleList(linear(a) for a in torch.split(inputs.lora_A, list(case.ranks)))
+        self.B = nn.ModuleList(linear(b.T) for b in torch.split(inputs.lora_B, list(case.ranks)))
         self.router = linear(inputs.router_weight)
         self.scales = [16.0 / max(1, r) for r in case.ranks]
 
     def forward(self, x: Tensor) -> Tensor:  # (samples, length, I)
         if self.case.experts == 1:  # plain LoRA: the linears see whole samples
-            return self.base(x) + self.B[0](self.A[0](x)) * self.scales[0]
-        y = self.base(x).flatten(0, 1)
+            out: Tensor = self.base(x) + self.B[0](self.A[0](x)) * self.scales[0]
+            return out
+        y: Tensor = self.base(x).flatten(0, 1)
         gates, experts = route(self.router(x).flatten(0, 1), self.case)
         tokens = x.flatten(0, 1)
         for e, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
@@ -65,7 +66,7 @@ class HookStep(Step):
         case = inputs.case
         self.inputs, self.experts = inputs, ExpertLinears(inputs)
         self.model: nn.Module = self.experts
-        self.x = inputs.x.detach().view(case.samples, -1, case.inputs).requires_grad_()
+        self.x: Any = inputs.x.detach().view(case.samples, -1, case.inputs).requires_grad_()
         self.grad_out = inputs.grad_out.view(case.samples, -1, case.outputs)
 
     def forward(self) -> Tensor:
@@ -74,7 +75,8 @@ class HookStep(Step):
 
     def backward(self, out: Tensor) -> dict[str, Tensor]:
         out.backward(self.grad_out)
-        A, B = list(self.experts.A), list(self.experts.B)
+        A: list[Any] = list(self.experts.A)
+        B: list[Any] = list(self.experts.B)
         FA = torch.cat([self.square(layer) for layer in A])
         FB = torch.cat([self.square(layer).T for layer in B])
         results = {"FA": FA, "FB": FB, "dx": self.x.grad.flatten(0, 1)}

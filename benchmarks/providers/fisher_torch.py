@@ -58,7 +58,7 @@ class OurSquares(AutogradStep):
         shapes = [() if whole else t.shape for t in (inputs.lora_A, inputs.lora_B)]
         self.sums = [torch.zeros(shape, **options) for shape in shapes]
         offsets = sample_offsets(case, device)
-        fisher = FisherBuffers(offsets, None, *self.sums, None, None)
+        fisher = FisherBuffers(offsets, None, self.sums[0], self.sums[1], None, None)
         names = ("x", "lora_A", "lora_B", "router_weight")
         x, lora_A, lora_B, router = leaves = [leaf(getattr(inputs, n)) for n in names]
 
@@ -212,7 +212,7 @@ class MaterialisedGroups(Materialised):
 
     def squares(self, g: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         case = self.inputs.case
-        rank, groups = case.equal_rank, case.experts * case.samples
+        rank, groups = case.ranks[0], case.experts * case.samples
         sample = torch.arange(len(x), device=x.device) // (len(x) // case.samples)
         key = (experts * case.samples + sample[:, None]).flatten()
         order = key.argsort(stable=True)
@@ -242,5 +242,3 @@ def materialise_grouped(inputs: MoELoRAInputs) -> Step:
     if not hasattr(F, "grouped_mm"):
         raise Unavailable("this torch has no nn.functional.grouped_mm (2.10 or later does)")
     return MaterialisedGroups(inputs)
-
-

@@ -13,7 +13,7 @@ from floe_kernels.testing.cases import MoELoRAInputs
 def padded(packed: Tensor, ranks: tuple[int, ...], width: int) -> Tensor:
     """Return (E, width, D): each expert's rows of the packed (R, D), then zeros."""
     stack = packed.new_zeros(len(ranks), width, packed.shape[1])
-    for expert, rows in zip(stack, packed.split(ranks), strict=True):
+    for expert, rows in zip(stack, torch.split(packed, list(ranks)), strict=True):
         expert[: len(rows)] = rows
     return stack
 

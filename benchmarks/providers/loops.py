@@ -28,8 +28,8 @@ class Loop:
         case = inputs.case
         shared = [inputs.lora_A] * case.shared_A
         self.inputs, self.x, self.router = inputs, leaf(inputs.x), leaf(inputs.router_weight)
-        self.As = [leaf(a) for a in shared or inputs.lora_A.split(case.ranks)]
-        self.Bs = [leaf(b) for b in inputs.lora_B.split(case.ranks)]
+        self.As = [leaf(a) for a in shared or torch.split(inputs.lora_A, list(case.ranks))]
+        self.Bs = [leaf(b) for b in torch.split(inputs.lora_B, list(case.ranks))]
         self.scales = [16.0 / max(1, r) for r in case.ranks]
 
     def route(self) -> tuple[Tensor, Tensor]:

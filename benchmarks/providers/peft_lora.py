@@ -1,6 +1,7 @@
 """PEFT: its plain LoRA layer, as it comes, and the einsum of its Arrow mixture."""
 
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,10 @@ def plain_lora(inputs: MoELoRAInputs) -> AutogradStep:
     model = nn.Sequential(
         nn.Linear(case.inputs, case.outputs, bias=False, device=device, dtype=case.dtype)
     )
-    with torch.no_grad():
-        model[0].weight.set_(inputs.weight)
+    model[0].weight = nn.Parameter(inputs.weight, requires_grad=False)
     config = LoraConfig(r=case.columns, lora_alpha=16, target_modules=["0"])
     inject_adapter_in_model(config, model)
-    layer = model[0].to(device)
+    layer: Any = model[0].to(device)
     lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
     lora_A.weight = nn.Parameter(inputs.lora_A.detach())
     lora_B.weight = nn.Parameter(inputs.lora_B.detach().T.contiguous())  # PEFT keeps (O, R)

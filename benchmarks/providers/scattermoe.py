@@ -1,6 +1,7 @@
 """ScatterMoE's grouped GEMMs, from a copy of its sources that the user names (``--peer-path``)."""
 
 import importlib
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,16 +29,14 @@ def scattermoe(inputs: MoELoRAInputs) -> AutogradStep:
     lora_B = leaf(padded(inputs.lora_B, case.ranks, width))
     scales = F.pad(inputs.scaling, (0, 1))[first_columns(case.ranks)]
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         y = F.linear(x, inputs.weight)
         gates, experts = route(F.linear(x, router.to(x.dtype)), case)
         gates = (gates * scales[experts]).to(x.dtype)
         order = peer.flatten_sort_count(experts, case.experts)
         A = lora_A.to(x.dtype).permute(0, 2, 1)
         z = peer.parallel_linear(x, A, case.top_k, *order, grouped_out=True)
-        delta = peer.parallel_linear(
-            z, lora_B.to(x.dtype), 1, *order, grouped_in=True, gates=gates
-        )
+        delta = peer.parallel_linear(z, lora_B.to(x.dtype), 1, *order, grouped_in=True, gates=gates)
         return y + delta
 
     def unpack(grads: dict[str, Tensor]) -> dict[str, Tensor]:

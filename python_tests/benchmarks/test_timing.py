@@ -1,0 +1,90 @@
+"""The clock: turns are taken, buffers rotate, a disturbed sample is taken again."""
+
+import time
+
+import pytest
+
+from benchmarks import timing
+from benchmarks.registry import Step
+
+
+class Fake(Step):
+    def __init__(self, log, name, seconds=0.0):
+        self.log, self.name, self.seconds = log, name, seconds
+
+    def forward(self):
+        time.sleep(self.seconds)
+        self.log.append(self.name)
+        return self.name
+
+    def backward(self, out):
+        self.log.append(f"back {out}")
+
+
+@pytest.fixture
+def undisturbed(monkeypatch):
+    monkeypatch.setattr(timing, "waited", lambda: 0.0)
+
+
+def names(log):
+    return [entry.split("-")[0] for entry in log]
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_every_provider_has_its_turn_in_every_round(monkeypatch):
+    monkeypatch.setitem(timing.SAMPLE, "cpu", 0.0)  # one call a sample
+    log = []
+    steps = {n: [Fake(log, f"{n}-{i}") for i in range(3)] for n in "abc"}
+    samples = timing.interleave(steps, "fwd", "cpu", 0.0, (4, 9))
+    assert {len(row) for row in samples.values()} == {4}
+    rounds = names(log)[-12:]
+    orders = {tuple(rounds[i : i + 3]) for i in range(0, 12, 3)}
+    assert all(set(order) == set("abc") for order in orders)
+    assert len(orders) > 1, "the order within rounds is random"
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_inputs_rotate(monkeypatch):
+    monkeypatch.setitem(timing.SAMPLE, "cpu", 0.0)
+    log = []
+    timing.interleave({"a": [Fake(log, f"a-{i}") for i in range(3)]}, "fwd", "cpu", 0.0, (6, 6))
+    assert log[-6:] == ["a-0", "a-1", "a-2", "a-0", "a-1", "a-2"]
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_a_sample_is_the_mean_of_calls():
+    samples = timing.interleave({"a": [Fake([], "a", 0.001)]}, "fwd", "cpu", 0.0, (3, 3))
+    assert all(0.001 <= s.seconds < 0.004 for s in samples["a"])
+
+
+def test_the_backward_alone_does_not_time_the_forward():
+    clock = timing.Clock("cpu")
+    assert clock.time([Fake([], "a", 0.02)], "bwd") < 0.01
+    assert clock.time([Fake([], "a", 0.02)], "fwdbwd") >= 0.02
+
+
+def test_a_disturbed_sample_is_taken_again(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing, "waited", lambda: float(next(clock)))  # always waiting
+    log = []
+    samples = timing.interleave({"a": [Fake(log, "a")]}, "fwd", "cpu", 100.0, (2, 2))
+    assert [s.quiet for s in samples["a"]] == [False, False]
+    once = timing.interleave.__defaults__  # the calls of one sample, from the log
+    assert once
+    monkeypatch.setattr(timing, "waited", lambda: 0.0)
+    calm = []
+    samples = timing.interleave({"a": [Fake(calm, "a")]}, "fwd", "cpu", 100.0, (2, 2))
+    assert all(s.quiet for s in samples["a"])
+    assert len(log) > 3 * len(calm)
+
+
+def test_waiting_is_read_from_the_kernel():
+    before = timing.waited()
+    assert timing.waited() >= before >= 0.0
+
+
+def test_rounds_are_enough_even_when_patience_is_gone(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing, "waited", lambda: float(next(clock)))
+    samples = timing.interleave({"a": [Fake([], "a")]}, "fwd", "cpu", 0.0, (5, 50))
+    assert len(samples["a"]) == 5
