@@ -50,10 +50,11 @@ std::vector<cpu::Piece> pieces_of(const int64_t* offsets, int64_t samples, int64
 
 // out[i] = the sum of parts (panels, size) over panels, in order.
 template <typename acc>
-void sum_panels(const void* parts, int64_t panels, int64_t size, void* out) {
-  auto* to = static_cast<acc*>(out);
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t i = 0; i < size; ++i) to[i] += static_cast<const acc*>(parts)[p * size + i];
+void sum_panels(const double* parts, int64_t panels, int64_t size, void* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    double total = 0;
+    for (int64_t p = 0; p < panels; ++p) total += parts[p * size + i];
+    static_cast<acc*>(out)[i] = static_cast<acc>(total);
   }
 }
 
@@ -75,11 +76,11 @@ std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const
     return torch::stable::fill_(torch::stable::new_empty(g, size, dtype), 0.0);
   };
   Tensor grad = zeros({R, D}, type), norms = zeros({S}, wide);
-  const Tensor norm_parts = zeros({panels, S}, wide);
+  const Tensor norm_parts = zeros({panels, S}, ScalarType::Double);
   Tensor fisher = reduce == "element" ? zeros({R, D}, wide)
                   : reduce == "rank"  ? zeros({R}, wide)
                                       : zeros({}, wide);
-  const Tensor row_parts = zeros({reduce == "rank" ? panels : 0, R}, wide);
+  const Tensor row_parts = zeros({reduce == "rank" ? panels : 0, R}, ScalarType::Double);
 
   std::optional<Tensor> scale;
   if (scale_in) {
@@ -93,9 +94,9 @@ std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const
   job.pieces = pieces.data(), job.num_pieces = static_cast<int64_t>(pieces.size());
   job.scale = scale ? scale->const_data_ptr<float>() : nullptr;
   job.scale_each = scale && scale->dim() == 1;
-  job.grad = grad.mutable_data_ptr(), job.norms = norm_parts.mutable_data_ptr();
+  job.grad = grad.mutable_data_ptr(), job.norms = norm_parts.mutable_data_ptr<double>();
   job.fisher = reduce == "element" ? fisher.mutable_data_ptr() : nullptr;
-  job.fisher_rows = reduce == "rank" ? row_parts.mutable_data_ptr() : nullptr;
+  job.fisher_rows = reduce == "rank" ? row_parts.mutable_data_ptr<double>() : nullptr;
 
   const auto bytes = [&](int64_t size) {
     return torch::stable::new_empty(g, {size}, ScalarType::Byte);
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const
   const auto sum = is_double ? sum_panels<double> : sum_panels<float>;
   sum(job.norms, panels, S, norms.mutable_data_ptr());
   if (reduce == "rank") sum(job.fisher_rows, panels, R, fisher.mutable_data_ptr());
-  if (reduce == "matrix") sum(norms.const_data_ptr(), S, 1, fisher.mutable_data_ptr());
+  if (reduce == "matrix") sum(job.norms, panels * S, 1, fisher.mutable_data_ptr());
   return {grad, fisher, norms};
 }
 

@@ -25,11 +25,11 @@ struct SegmentGradSquare {
   int64_t num_pieces;
   const float* scale;  // one, or one a sample, or null
   bool scale_each;
-  const void* tiles;  // g, as tile_rows left it
-  void* grad;         // (R, D) of x's dtype
-  void* fisher;       // (R, D) sums, or null
-  void* fisher_rows;  // (panels, R) sums, or null
-  void* norms;        // (panels, S) sums
+  const void* tiles;    // g, as tile_rows left it
+  void* grad;           // (R, D) of x's dtype
+  void* fisher;         // (R, D) sums, or null
+  double* fisher_rows;  // (panels, R) sums, or null
+  double* norms;        // (panels, S) sums
   int64_t S;
 };
 

@@ -103,9 +103,8 @@ struct GradSquareSteps {
         continue;
       }
       const acc scale = s.scale ? acc{s.scale[s.scale_each ? piece.sample : 0]} : acc{1};
-      static_cast<acc*>(s.norms)[p * s.S + piece.sample] +=
-          fisher ? add_scored<true>(M, sums, scale, grad, fisher)
-                 : add_scored<false>(M, sums, scale, grad, fisher);
+      s.norms[p * s.S + piece.sample] += fisher ? add_scored<true>(M, sums, scale, grad, fisher)
+                                                : add_scored<false>(M, sums, scale, grad, fisher);
     }
   }
 
@@ -198,12 +197,12 @@ struct GradSquareSteps {
       auto* out = static_cast<scalar_t*>(s.grad) + r * s.D + n0;
       for (int64_t n = 0; n < N; ++n) out[n] = narrow<scalar_t>(grad[r * NR + n]);
       const acc* row = fisher + r * NR;
-      acc total = 0;
+      double total = 0;  // a long sum of float32 would lose digits that a pairwise one keeps
       for (int64_t n = 0; n < N; ++n) {
         if (s.fisher) static_cast<acc*>(s.fisher)[r * s.D + n0 + n] = row[n];
         total += row[n];
       }
-      if (s.fisher_rows) static_cast<acc*>(s.fisher_rows)[p * s.R + r] = total;
+      if (s.fisher_rows) s.fisher_rows[p * s.R + r] = total;
     }
   }
 
