@@ -98,6 +98,14 @@ def main(argv: list[str] | None = None) -> None:
                 records.append(options.out, lines)
     if not everything:
         raise SystemExit(f"no case of {', '.join(names)} is called or tagged {options.cases!r}")
+    if options.quick and options.device == "cpu":
+        from benchmarks import end_to_end
+
+        small = ["--layers", "4", "--seconds", "12", "--threads", str(options.threads)]
+        steps = end_to_end.run(end_to_end.arguments(small))
+        print(end_to_end.table(steps))
+        if options.out:
+            records.append(options.out, steps)
     print(report.summary(report.with_best_ceilings(everything)))
 
 
