@@ -13,7 +13,7 @@ from floe_kernels.functional.routing import (
     router_z_loss,
     topk_softmax,
 )
-from floe_kernels.functional.spectrum import hill_alpha
+from floe_kernels.functional.spectrum import gram_eigenvalues, hill_alpha
 from floe_kernels.reference.moe_lora import FisherBuffers
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Routing",
     "SegmentGradSquare",
     "expert_load",
+    "gram_eigenvalues",
     "hill_alpha",
     "linear_grad_square",
     "load_balance_loss",

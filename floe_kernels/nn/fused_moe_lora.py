@@ -260,12 +260,13 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
 def linear_weight(layer: nn.Module) -> Tensor | None:
     """Return the ``(O, I)`` weight of a plain frozen linear; None if the layer must run itself.
 
-    It must where it is no plain linear (quantised, subclassed), where somebody hooked it, and
-    where it trains after all.
+    It must where it is no plain linear (quantised, subclassed), where somebody hooked it or gave it
+    a forward of its own (offloading does), and where it trains after all.
     """
     # exact types: a subclass may compute anything
     plain = type(layer) is nn.Linear or is_conv1d(layer)
-    if not plain or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+    if not plain or any(hooks) or "forward" in layer.__dict__:
         return None
     weight: Any = layer.weight
     bias: Any = layer.bias

@@ -78,7 +78,8 @@ class FisherCollector:
         per_sample: Whether :math:`\ell_i` is the ``"sum"`` over the sample's tokens, the
             likelihood's own, or their ``"mean"``, which does not favour long samples.
         granularity: What is kept: one number a ``"matrix"``, a ``"rank"`` row, or an ``"element"``.
-        frozen: Names of frozen linears whose whole-matrix squared gradients to sum as well.
+        frozen: Names of frozen linears, adapted or not, whose whole-matrix squared gradients to
+            sum as well.
         loss_factor: A further factor on the back-propagated scalar: the scale of a ``GradScaler``
             as a tensor, 1 / steps of gradient accumulation.
 
@@ -343,6 +344,8 @@ def _hits(layer: FusedMoELoRA, batch: SampleBatch) -> Tensor:
 
 def _linear(model: nn.Module, name: str) -> nn.Module:
     module = model.get_submodule(name)
+    if isinstance(module, FusedMoELoRA):
+        module = module.base_layer
     if not isinstance(getattr(module, "weight", None), Tensor) or module.weight.ndim != 2:
         raise ValueError(f"frozen must name linear layers, got {name}: {type(module).__name__}")
     return module

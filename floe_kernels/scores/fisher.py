@@ -146,12 +146,16 @@ def read_variant(record: FisherRecord, variant: str, aggregate: str = "layer") -
 
 
 def block_linears(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the frozen linears inside the model's numbered blocks, in order."""
-    routers = {id(m.router) for m in model.modules() if isinstance(m, FusedMoELoRA)}
+    """Return the names of the frozen linears inside the model's numbered blocks, in order.
+
+    A linear that has experts keeps the name it had without.
+    """
+    adapted = [m for m in model.modules() if isinstance(m, FusedMoELoRA)]
+    inner = {id(part) for m in adapted for part in (m.router, m.base_layer)}
     return tuple(
         name
         for name, module in model.named_modules()
         if in_block(name)
-        and id(module) not in routers
-        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and id(module) not in inner
+        and (isinstance(module, nn.Linear | FusedMoELoRA) or type(module).__name__ == "Conv1D")
     )

@@ -157,6 +157,14 @@ def test_hooks_on_the_base_still_run():
     assert seen == [1]
 
 
+def test_a_forward_put_on_the_base_still_runs():
+    module, x = trained(), torch.randn(4, 6)
+    usual = module(x)
+    plain = module.base_layer.forward
+    module.base_layer.forward = lambda t: plain(t) + 1
+    torch.testing.assert_close(module(x), usual + 1)
+
+
 def test_autocast_matches_bfloat16():
     module, x = trained(), torch.randn(4, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
