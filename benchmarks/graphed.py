@@ -8,6 +8,9 @@ from torch import Tensor
 
 from benchmarks.registry import Step, Unavailable
 
+#: How a graphed provider registers.
+GRAPHED: dict[str, Any] = {"devices": ("cuda",), "graphed": True}
+
 
 class GraphedStep(Step):
     """Replays a captured step. A graph cannot be cut, so the backward replays the forward too."""

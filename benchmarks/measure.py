@@ -73,10 +73,17 @@ def measure(
 
 
 def best_peer(
-    samples: dict[str, list[Sample]], providers: list[Provider], base: list[Sample]
+    samples: dict[str, list[Sample]],
+    providers: list[Provider],
+    base: list[Sample],
+    graphed: bool = False,
 ) -> str | None:
-    """Return the fastest right provider that is neither ours nor the base."""
-    peers = [p.name for p in providers if p.role == "peer" and p.name in samples]
+    """Return the fastest right peer; a graph is a peer of graphs alone."""
+    peers = [
+        p.name
+        for p in providers
+        if p.role == "peer" and p.name in samples and (graphed or not p.graphed)
+    ]
     return min(peers, key=lambda n: ratio(samples[n], base).median, default=None)
 
 
@@ -107,7 +114,9 @@ def record(
         "allowed": verdict.allowed,
         "checked_tokens": checked,
     }
-    base = next((p.name for p in providers if p.role == "base"), None)
+    bases = [p for p in providers if p.role == "base" and p.name in samples]
+    # a graph has no launches to pay for, so its floor is the graphed base
+    base = next((p.name for p in bases if p.graphed == provider.graphed), None)
     if provider.name not in samples or base not in samples:
         return line
     mine, floor = samples[provider.name], samples[base]
@@ -120,7 +129,7 @@ def record(
         "over_base": rounded(ratio(mine, floor)),
         **extras[provider.name],
     }
-    peer = best_peer(samples, providers, floor)
+    peer = best_peer(samples, providers, floor, provider.graphed)
     if provider.role == "ours" and peer:
         line["best_peer"] = peer
         overhead = overhead_ratio(mine, samples[peer], floor)

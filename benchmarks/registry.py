@@ -81,8 +81,8 @@ class Provider:
     origin: str  #: "ours", "PyTorch", "upstream NAME VERSION" or "published formula, rewritten"
     role: str = "peer"  #: "base", "ours", "peer", or "context": another function, not ranked
     devices: tuple[str, ...] = ("cpu", "cuda")
-    slow: bool = False  #: left out of a quick run
     truth: Callable[[Any], dict[str, Tensor]] | None = None  #: where it is not the operation's
+    graphed: bool = False  #: replayed as a CUDA graph, and compared with such
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Operation:
 
         return register
 
-    def choose(self, names: str, device: str, quick: bool = False) -> list[Provider]:
+    def choose(self, names: str, device: str) -> list[Provider]:
         """Return the providers named (comma separated, or "all"), base first."""
         wanted = list(self.providers) if names == "all" else names.split(",")
         unknown = set(wanted) - set(self.providers)
@@ -118,7 +118,7 @@ class Operation:
             known = ", ".join(self.providers)
             raise SystemExit(f"providers of {self.name} are {known}, got {', '.join(unknown)}")
         chosen = [p for p in self.providers.values() if p.name in wanted or p.role == "base"]
-        return [p for p in chosen if device in p.devices and not (quick and p.slow)]
+        return [p for p in chosen if device in p.devices]
 
 
 OPERATIONS: dict[str, Operation] = {}

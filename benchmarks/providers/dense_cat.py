@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.graphed import graphed
+from benchmarks.graphed import GRAPHED, graphed
 from benchmarks.moe_lora import MOE_LORA, leaf
 from benchmarks.providers.loops import route
 from benchmarks.registry import AutogradStep
@@ -155,4 +155,4 @@ MOE_LORA.provide("dense-cat compiled", "PyTorch, torch.compile")(dense_cat_compi
 MOE_LORA.provide("dense-cat by hand", "PyTorch, backward in closed form")(by_hand)
 for name, way in (("dense-cat", eager), ("dense-cat compiled", dense_cat_compiled),
                   ("dense-cat by hand", by_hand)):  # fmt: skip
-    MOE_LORA.provide(f"{name} graphed", "PyTorch, CUDA graph", devices=("cuda",))(graphed(way))
+    MOE_LORA.provide(f"{name} graphed", "PyTorch", **GRAPHED)(graphed(way))

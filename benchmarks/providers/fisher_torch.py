@@ -141,7 +141,7 @@ def loop(inputs: MoELoRAInputs) -> Step:
     return Whole(run, inputs)
 
 
-@FISHER.provide("torch.func vmap", "PyTorch", slow=True)
+@FISHER.provide("torch.func vmap", "PyTorch")
 def vmap(inputs: MoELoRAInputs) -> Step:
     """``vmap(grad(loss))`` over samples, on dense-masked experts: a gather would not trace."""
     case = inputs.case

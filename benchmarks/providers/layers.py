@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.graphed import graphed
+from benchmarks.graphed import GRAPHED, graphed
 from benchmarks.moe_lora import MOE_LORA, leaf
 from benchmarks.registry import AutogradStep
 from floe_kernels import functional
@@ -53,4 +53,5 @@ def ours(inputs: MoELoRAInputs) -> AutogradStep:
 
 
 MOE_LORA.provide("ours", "ours", role="ours")(ours)
-MOE_LORA.provide("ours graphed", "ours, CUDA graph", role="ours", devices=("cuda",))(graphed(ours))
+MOE_LORA.provide("ours graphed", "ours", role="ours", **GRAPHED)(graphed(ours))
+MOE_LORA.provide("base graphed", "PyTorch", role="base", truth=base_truth, **GRAPHED)(graphed(base))

@@ -73,7 +73,7 @@ def expert_loop(inputs: MoELoRAInputs) -> AutogradStep:
     return loop.step(forward)
 
 
-@MOE_LORA.provide("dense loop", f"HydraLoRA's {REWRITTEN}", slow=True)
+@MOE_LORA.provide("dense loop", f"HydraLoRA's {REWRITTEN}")
 def dense_loop(inputs: MoELoRAInputs) -> AutogradStep:
     """Run every expert on every token, weighted by its gate, zero where it is not kept."""
     case, loop = inputs.case, Loop(inputs)

@@ -73,7 +73,7 @@ def plain_lora(inputs: MoELoRAInputs) -> AutogradStep:
     return AutogradStep(lambda: layer(x), inputs.grad_out, leaves, unpack, frozen)
 
 
-@MOE_LORA.provide("Arrow einsum", "PEFT Arrow's formula, rewritten for a linear router", slow=True)
+@MOE_LORA.provide("Arrow einsum", "PEFT Arrow's formula, rewritten for a linear router")
 def arrow(inputs: MoELoRAInputs) -> AutogradStep:
     """Every expert's output for every token, (T, E, O), and then the weighted sum."""
     case = inputs.case

@@ -64,18 +64,16 @@ def test_the_backward_alone_does_not_time_the_forward():
 
 
 def test_a_disturbed_sample_is_taken_again(monkeypatch):
+    monkeypatch.setitem(timing.SAMPLE, "cpu", 0.0)  # one call a sample
     clock = iter(range(10**6))
-    monkeypatch.setattr(timing, "waited", lambda: float(next(clock)))  # always waiting
-    log = []
-    samples = timing.interleave({"a": [Fake(log, "a")]}, "fwd", "cpu", 100.0, (2, 2))
-    assert [s.quiet for s in samples["a"]] == [False, False]
-    once = timing.interleave.__defaults__  # the calls of one sample, from the log
-    assert once
-    monkeypatch.setattr(timing, "waited", lambda: 0.0)
-    calm = []
-    samples = timing.interleave({"a": [Fake(calm, "a")]}, "fwd", "cpu", 100.0, (2, 2))
-    assert all(s.quiet for s in samples["a"])
-    assert len(log) > 3 * len(calm)
+    calls = {}
+    for quiet, waited in ((False, lambda: float(next(clock))), (True, lambda: 0.0)):
+        monkeypatch.setattr(timing, "waited", waited)
+        log = []
+        samples = timing.interleave({"a": [Fake(log, "a")]}, "fwd", "cpu", 1000.0, (2, 2))
+        assert [s.quiet for s in samples["a"]] == [quiet, quiet]
+        calls[quiet] = len(log)
+    assert calls[False] - calls[True] == 2 * timing.RETAKES
 
 
 def test_waiting_is_read_from_the_kernel():
