@@ -265,9 +265,11 @@ class FisherCollector:
 
     def _parameter(self, key: str) -> Tensor:
         module, _, name = key.rpartition(".")
-        if module in self.layers and name == "router":
-            return self.layers[module].router.weight
-        tensor: Tensor = getattr((self.layers | self._frozen)[module], name)
+        if name == "weight":
+            owner: Any = self._frozen[module]
+        else:
+            owner, name = self.layers[module], "router.weight" if name == "router" else name
+        tensor: Tensor = owner.get_parameter(name)
         return tensor
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
