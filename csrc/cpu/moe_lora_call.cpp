@@ -39,11 +39,12 @@ Experts::Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
 }
 
 bool runs_grouped(const Experts& given, int64_t K) {
-#if defined(FLOE_REGIME)
-  return FLOE_REGIME && !given.shared_A;
-#endif
   const int64_t R = given.lora_B.size(0), E = static_cast<int64_t>(given.ranks.size());
-  return !given.shared_A && R >= 256 && E > 4 * K;
+  if (given.shared_A || R == 0) return false;
+  if (given.x.size(0) <= 32) return true;  // few tokens: reading weights is all there is to do
+  // AMD EPYC with AVX512-BF16, T = 1024, 1024 x 1024, bf16, forward and backward, milliseconds:
+  // dense 1.4 + 0.034 R, grouped 2.4 + 0.052 K R / E
+  return 2 * E * R - 3 * K * R >= 64 * E;
 }
 
 int64_t rows_per_task(int64_t T) {

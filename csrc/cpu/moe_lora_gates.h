@@ -134,6 +134,19 @@ struct Tiled {
   int64_t index(int64_t c, int64_t t) const {
     return ((c / mr * Q + t / pack) * mr + c % mr) * pack + t % pack;
   }
+  // Steps through the columns of one row without a division each.
+  struct Cursor {
+    elem* to;
+    int64_t m, mr, pack, jump;
+    void put(elem value) {
+      *to = value;
+      to += pack;
+      if (++m == mr) m = 0, to += jump;
+    }
+  };
+  Cursor cursor(int64_t c, int64_t t) const {
+    return {data + index(c, t), c % mr, mr, pack, (Q - 1) * mr * pack};
+  }
   // Rows begin..end become zero; begin is a multiple of pack, and so is end unless it is the last.
   void clear(int64_t columns, int64_t begin, int64_t end) const {
     const int64_t units = (end + pack - 1) / pack - begin / pack;

@@ -10,8 +10,13 @@ namespace floe [[gnu::visibility("hidden")]] {
 
 // Slots of one expert in a task: several dot tiles over one expert's weights.
 inline constexpr int64_t kSlotsPerTask = 32;
-// Tokens of one panel's float32 sums: 1024 of 48 columns are a fifth of L2.
-inline constexpr int64_t kTokensPerSum = 1024;
+// Tokens whose float32 sums of one panel are held at a time. 48 slots of an expert are enough for
+// its weights, packed once, to pay; 256 tokens of 48 columns fill L1, 1024 a fifth of L2.
+template <typename wide>
+int64_t tokens_per_sum(const cpu::Layer<wide>& layer) {
+  return std::clamp<int64_t>((48 * layer.E / std::max<int64_t>(layer.K, 1) + 63) / 64 * 64, 128,
+                             1024);
+}
 
 // Elements between two slots: the largest rank, rounded up so that a unit may be read past it.
 template <typename wide>
@@ -41,7 +46,7 @@ inline cpu::GatherDots gathered(const cpu::Slots& slots, const cpu::Run& run, co
 template <typename wide>
 void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
                   const cpu::Slots& slots, const Tensor& weights, cpu::GatherExpand to) {
-  const int64_t chunks = (layer.T + kTokensPerSum - 1) / kTokensPerSum;
+  const int64_t step = tokens_per_sum(layer), chunks = (layer.T + step - 1) / step;
   std::vector<cpu::Segment> segments;
   const cpu::Matrix all = matrix(weights);
   for (int64_t c = 0; c < chunks; ++c) {
@@ -50,19 +55,18 @@ void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
       own.rows = layer.rank(e);
       own.data = static_cast<const char*>(all.data) +
                  layer.first[e] * all.ld * static_cast<int64_t>(weights.element_size());
-      const int64_t begin = slots.find(e, c * kTokensPerSum);
-      segments.push_back({begin, own.rows ? slots.find(e, (c + 1) * kTokensPerSum) : begin, own});
+      const int64_t begin = slots.find(e, c * step);
+      segments.push_back({begin, own.rows ? slots.find(e, (c + 1) * step) : begin, own});
     }
   }
   to.tokens = slots.token.data(), to.num_segments = layer.E;
   const int64_t panels = (to.O + kernels.nr - 1) / kernels.nr;
   torch::stable::parallel_for(0, chunks * panels, 1, [&](int64_t begin, int64_t end) {
-    const cpu::Scratch scratch((std::min(layer.T, kTokensPerSum) + slot_stride(layer) + 8) *
-                               kernels.nr * 8);
+    const cpu::Scratch scratch((std::min(layer.T, step) + slot_stride(layer) + 8) * kernels.nr * 8);
     cpu::GatherExpand task = to;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i / panels;
-      task.begin = c * kTokensPerSum, task.end = std::min(layer.T, task.begin + kTokensPerSum);
+      task.begin = c * step, task.end = std::min(layer.T, task.begin + step);
       task.segments = segments.data() + c * layer.E;
       kernels.gather_expand(task, i % panels, scratch.get());
     }

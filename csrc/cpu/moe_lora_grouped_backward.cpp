@@ -117,10 +117,12 @@ struct Grouped {
     const wide gate = static_cast<const wide*>(in.gates.const_data_ptr())[i];
     grad_gates[i] = cpu::gate_gradient(layer, e, z, u);
     std::fill_n(dz, ld, elem{});
+    const wide* scaling = layer.scaling.data() + first;
+    auto tiled = dz_tiled.cursor(0, local), h = h_tiled.cursor(0, local);
     for (int64_t c = 0; c < rank; ++c) {
-      const wide weight = layer.scaling[first + c] * gate;
-      dz[c] = dz_tiled.data[dz_tiled.index(c, local)] = cpu::narrow<elem>(weight * u[c]);
-      h_tiled.data[h_tiled.index(c, local)] = cpu::narrow<elem>(weight * cpu::widen(z[c]));
+      dz[c] = cpu::narrow<elem>(scaling[c] * gate * u[c]);
+      tiled.put(dz[c]);
+      h.put(cpu::narrow<elem>(scaling[c] * gate * cpu::widen(z[c])));
     }
     if (!in.keeps_rows) return;
     const auto row = [&](const Tensor& to, int64_t columns) {
@@ -150,9 +152,8 @@ struct Grouped {
         if (layer.masked(t)) continue;
         cpu::logit_gradient(layer, logits + t * E, gates + t * K, experts + t * K,
                             grad_gates + t * K, aux, grad.data());
-        for (int64_t e = 0; e < E; ++e) {
-          dl[t * ld + e] = tiled.data[tiled.index(e, t)] = cpu::narrow<elem>(grad[e]);
-        }
+        auto to = tiled.cursor(0, t);
+        for (int64_t e = 0; e < E; ++e) to.put(dl[t * ld + e] = cpu::narrow<elem>(grad[e]));
         if (in.keeps_rows) keep_row(t, gates + t * K, grad_gates + t * K, grad);
       }
     });

@@ -52,38 +52,47 @@ struct TokenGradients {
       const int64_t e = experts[k], first = layer.first[e], rank = layer.rank(e);
       const auto* z_e = z + layer.column_of_z(e);
       if (u) memory.grad_gates[k] = cpu::gate_gradient(layer, e, z_e, u + first);
-      for (int64_t c = 0; c < rank; ++c) {
-        const wide weight = layer.scaling[first + c] * gates[k];
-        if (h_tiled.data) {
-          h_tiled.data[h_tiled.index(first + c, t)] =
-              cpu::narrow<elem>(weight * cpu::widen(z_e[c]));
+      const wide* scaling = layer.scaling.data() + first;
+      if (h_tiled.data) {
+        auto h = h_tiled.cursor(first, t);
+        for (int64_t c = 0; c < rank; ++c) {
+          h.put(cpu::narrow<elem>(scaling[c] * gates[k] * cpu::widen(z_e[c])));
         }
-        if (!u) continue;
-        if (layer.shared_A) {
-          memory.dz[c] += weight * u[first + c];
-        } else {
-          put_dz(first + c, t, weight * u[first + c]);
-        }
+      }
+      if (!u) continue;
+      if (layer.shared_A) {
+        for (int64_t c = 0; c < rank; ++c) memory.dz[c] += scaling[c] * gates[k] * u[first + c];
+      } else {
+        for (int64_t c = 0; c < rank; ++c) memory.dz[c] = scaling[c] * gates[k] * u[first + c];
+        put_dz(first, rank, t, memory.dz.data());
       }
     }
     if (!u) return;
     if (layer.shared_A) {
-      for (int64_t c = 0; c < layer.C; ++c) put_dz(c, t, memory.dz[c]);
+      put_dz(0, layer.C, t, memory.dz.data());
     }
     cpu::logit_gradient(layer, logits, gates, experts, memory.grad_gates.data(), aux,
                         memory.grad_logits.data());
-    for (int64_t e = 0; e < E; ++e) {
-      const elem value = cpu::narrow<elem>(memory.grad_logits[e]);
-      if (dl) dl[t * ld_dl + e] = value;
-      if (dl_tiled.data) dl_tiled.data[dl_tiled.index(e, t)] = value;
+    if (dl) {
+      for (int64_t e = 0; e < E; ++e) {
+        dl[t * ld_dl + e] = cpu::narrow<elem>(memory.grad_logits[e]);
+      }
+    }
+    if (dl_tiled.data) {
+      auto to = dl_tiled.cursor(0, t);
+      for (int64_t e = 0; e < E; ++e) to.put(cpu::narrow<elem>(memory.grad_logits[e]));
     }
     if (in.keeps_rows) keep_row(t, z, experts, gates, u, memory);
   }
 
-  void put_dz(int64_t c, int64_t t, wide value) const {
-    const elem rounded = cpu::narrow<elem>(value);
-    if (dz) dz[t * ld_dz + c] = rounded;
-    if (dz_tiled.data) dz_tiled.data[dz_tiled.index(c, t)] = rounded;
+  void put_dz(int64_t first, int64_t count, int64_t t, const wide* values) const {
+    if (dz) {
+      for (int64_t c = 0; c < count; ++c) dz[t * ld_dz + first + c] = cpu::narrow<elem>(values[c]);
+    }
+    if (dz_tiled.data) {
+      auto to = dz_tiled.cursor(first, t);
+      for (int64_t c = 0; c < count; ++c) to.put(cpu::narrow<elem>(values[c]));
+    }
   }
 
   // The same in rows, which floe::segment_grad_square reads.

@@ -163,6 +163,8 @@ template <typename V, typename scalar_t>
 void pack_rows(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t n0, int64_t N,
                int64_t width, typename V::unit* out) {
   using elem = typename V::elem;
+  // A row's share is a line or two, each row on a page of its own: no prefetcher sees them coming.
+  constexpr int64_t kAhead = 8;
   alignas(64) elem staged[V::kPack][kNR<V>];
   const bool whole = std::is_same_v<scalar_t, elem> && !from.keep && N == width;
   for (int64_t q = 0; q < units<V>(K); ++q, out += width) {
@@ -170,6 +172,11 @@ void pack_rows(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t n0, in
     for (int i = 0; i < V::kPack; ++i) {
       const int64_t k = q * V::kPack + i;
       const int64_t t = k >= K ? -1 : from.rows ? from.rows[k0 + k] : k0 + k;
+      if (const int64_t next = k + kAhead * V::kPack; next < K) {
+        const scalar_t* row = from.data + (from.rows ? from.rows[k0 + next] : k0 + next) * from.ld;
+        __builtin_prefetch(row + n0);
+        __builtin_prefetch(row + n0 + N - 1);
+      }
       pair[i] = staged[i];
       if (t < 0 || (from.mask && !from.mask[t])) {
         std::memset(static_cast<void*>(staged[i]), 0, width * sizeof(elem));

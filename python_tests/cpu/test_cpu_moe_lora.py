@@ -20,7 +20,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 ALL = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ALL[: ALL.index(_info.cpu_isa()) + 1]
 
-# what each case is for: (tokens, inputs, outputs, ranks, top_k, options)
+# what each case is for; few tokens and many columns run grouped, the others dense: (tokens, inputs, outputs, ranks, top_k, options)
 CASES = {
     "nothing": (0, 24, 16, [4, 4], 1, {}),
     "one token": (1, 24, 16, [4, 4], 2, {}),
@@ -33,6 +33,8 @@ CASES = {
     "aux": (45, 40, 24, [4, 4, 4], 2, {"aux": True, "mask": True}),
     "renormalized 1": (21, 40, 24, [4, 4, 4], 1, {"renormalize": True}),
     "plain 2": (21, 40, 24, [4, 4, 4], 2, {"renormalize": False, "aux": True}),
+    "plain 2, more tokens": (49, 40, 24, [4, 4, 4], 2, {"renormalize": False, "aux": True}),
+    "all kept, more tokens": (40, 33, 19, [3, 3, 3], 3, {"dropout_p": 0.1}),
     "shared": (37, 40, 24, [5, 5, 5], 3, {"shared_A": True}),
     "shared 2": (37, 40, 24, [4, 4, 4], 2, {"shared_A": True, "dropout_p": 0.5, "mask": True}),
     "many experts": (300, 40, 24, [2] * 70, 2, {"mask": True, "dropout_p": 0.2}),
