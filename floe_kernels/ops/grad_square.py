@@ -51,7 +51,9 @@ def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     return g.new_empty(offsets.shape[0] - 1, dtype=dtype)
 
 
-if find_spec("triton"):  # loaded on the first call, not on import
+# loaded on the first call, not on import; Triton launches on the current device, whatever its
+# arguments are on
+if find_spec("triton"):
 
     @segment_grad_square.register_kernel("cuda")
     def _(
@@ -59,10 +61,12 @@ if find_spec("triton"):  # loaded on the first call, not on import
     ) -> tuple[Tensor, Tensor, Tensor]:
         from floe_kernels.triton import grad_square as kernels
 
-        return kernels.segment_grad_square(g, x, offsets, scale, reduce)
+        with torch.cuda.device(x.device):
+            return kernels.segment_grad_square(g, x, offsets, scale, reduce)
 
     @linear_grad_square.register_kernel("cuda")
     def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
         from floe_kernels.triton import grad_square as kernels
 
-        return kernels.linear_grad_square(g, x, offsets, scale)
+        with torch.cuda.device(x.device):
+            return kernels.linear_grad_square(g, x, offsets, scale)

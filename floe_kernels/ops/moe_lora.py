@@ -172,19 +172,23 @@ def _(grad_out: Tensor, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor,
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in wanted)  # type: ignore[return-value]
 
 
-if find_spec("triton"):  # loaded on the first call, not on import
+# loaded on the first call, not on import; Triton launches on the current device, whatever its
+# arguments are on
+if find_spec("triton"):
 
     @moe_lora_linear.register_kernel("cuda")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Forward:
         from floe_kernels.triton import moe_lora_forward as kernels
 
-        return kernels.moe_lora_linear(x, weight, bias, *rest[:11])
+        with torch.cuda.device(x.device):
+            return kernels.moe_lora_linear(x, weight, bias, *rest[:11])
 
     @moe_lora.register_kernel("cuda")
     def _(x: Tensor, base_out: Tensor, *rest: Any) -> Forward:
         from floe_kernels.triton import moe_lora_forward as kernels
 
-        return kernels.moe_lora(x, base_out, *rest[:11])
+        with torch.cuda.device(x.device):
+            return kernels.moe_lora(x, base_out, *rest[:11])
 
     @moe_lora_backward.register_kernel("cuda")
     def _(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -192,7 +196,8 @@ if find_spec("triton"):  # loaded on the first call, not on import
 
         fisher = None if rest[17] is None else FisherBuffers(*rest[17:])
         shared = (*rest[:17], fisher)
-        return kernels.moe_lora_backward(grad_out, x, *shared)
+        with torch.cuda.device(x.device):
+            return kernels.moe_lora_backward(grad_out, x, *shared)
 
 
 def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]:

@@ -122,28 +122,49 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or (x.shape[-1] <= 1 and x.is_contiguous()) else x.contiguous()
 
 
-def shrink_tile(x: Tensor, columns: int, split_router: bool = False) -> Tile:
-    """Tokens by packed columns, summed over inputs.
+# Figures below are ptxas' for sm_90 and 128 columns unless said: registers of a thread, of 255,
+# and shared memory of a program, of 227 KB. None is a timing: no kernel here has run on a GPU yet.
 
-    A float32 router of over 32 experts is split into narrow parts in registers: half the depth, or
-    it spills (sm_80).
-    """
-    if not is_narrow(x):
+
+def most_columns(device: torch.device) -> int:
+    """Return the columns of the widest tile: 256 read x once for all of a layer of rank 4 x 64."""
+    return 256 if most_stages(device) == 4 else 128
+
+
+def shrink_tile(x: Tensor, weight: Tensor, num_experts: int = 0) -> Tile:
+    """Tokens by packed columns of ``weight`` (C, I), summed over inputs."""
+    columns = len(weight)
+    if not is_narrow(x):  # multiplied without tensor cores: 72 registers, 7 KB
         return Tile(32, block(columns, 64), 16, 4, 2)
-    return Tile(64, block(columns, 128), 32 if split_router else 64, 8, 4)
+    tile = block(columns, most_columns(x.device))
+    # float32 weights are narrowed in registers: for 256 columns, or a router of 64 experts (which
+    # is split in three), half the depth, or they spill (sm_80) or overflow shared memory
+    halved = weight.dtype != x.dtype and (tile > 128 or num_experts > 32)
+    # 64 rows are 128 programs at 8192 tokens, one for each of an H100's 132 multiprocessors. Eight
+    # warps take 94 registers, four 254. Four stages keep 24 KB of x in flight in 106 KB; at 256
+    # columns three take 185 registers and 129 KB
+    return Tile(64, tile, 32 if halved else 64, 8, 3 if tile > 128 else 4)
 
 
-def gate_tile(x: Tensor, columns: int) -> Tile:
-    """Tokens by packed columns, summed over outputs."""
-    if not is_narrow(x):
-        return Tile(32, block(columns, 64), 16, 4, 2)
-    return Tile(64, block(columns, 128), 64, 8, 4)
+def gate_tile(dy: Tensor, weight: Tensor) -> Tile:
+    """Tokens by packed columns of ``weight`` (R, O), summed over outputs."""
+    if not is_narrow(dy):
+        return Tile(32, block(len(weight), 64), 16, 4, 2)
+    tile = block(len(weight), most_columns(dy.device))
+    halved = weight.dtype != dy.dtype and tile > 128
+    # with the softmax behind it 223 registers in eight warps, 98 KB; in four it spills
+    return Tile(64, tile, 32 if halved else 64, 8, 3 if tile > 128 else 4)
+
+
+MOST_GATE_COLUMNS = 128  # in one kernel with the gates' gradient: at 256 it spills 152 bytes
 
 
 def expand_tile(x: Tensor, columns: int) -> Tile:
     """Tokens by outputs, summed over packed columns."""
     if not is_narrow(x):
         return Tile(64, 64, 16, 4, 2)
+    # bound by bandwidth, hence small: 64 registers and 49 KB let four programs share a
+    # multiprocessor; 128 rows take 122, and spill 1 KB where dx has dropout
     return Tile(64, 128, block(columns, 64), 8, 2)
 
 
@@ -151,7 +172,9 @@ def weight_tile(x: Tensor, columns: int, crowded: bool = False) -> Tile:
     """Inputs (or outputs) by packed columns, summed over tokens; crowded by dropout or a router."""
     if not is_narrow(x):
         return Tile(64, block(columns, 64), 16, 4, 2)
-    return Tile(64 if crowded else 128, block(columns, 128), 64, 8, 3)
+    tile = block(columns, most_columns(x.device))
+    # 148 registers and 100 KB; with dropout 128 rows spill 48 bytes and 64 take 133 registers
+    return Tile(64 if crowded or tile > 128 else 128, tile, 64, 8, 3)
 
 
 def square_tile(dtype: torch.dtype, columns: int, rows_a_sample: int, sums: int) -> Tile:
@@ -159,7 +182,7 @@ def square_tile(dtype: torch.dtype, columns: int, rows_a_sample: int, sums: int)
     depth = block(rows_a_sample, 64)
     if dtype not in (torch.bfloat16, torch.float16):
         return Tile(64, block(columns, 64 if sums == 1 else 32), 16, 4, 2)
-    # three sums of 64 x 128 hold 96 registers of each of 256 threads
+    # three sums of 64 x 128 hold 96 of 168 registers; 50 KB
     return Tile(128 if sums == 1 else 64, block(columns, 128), depth, 8, 3)
 
 

@@ -16,6 +16,7 @@ from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, Gradients
 from floe_kernels.triton.grad_square import grad_squares, segment_sum
 from floe_kernels.triton.launch import (
     MOST_EXPERTS_IN_TILE,
+    MOST_GATE_COLUMNS,
     SPLIT_BELOW,
     Dropout,
     adapter_weights,
@@ -94,7 +95,7 @@ def gate_gradients(
     owners = column_experts(ranks, dy.device)
     load = None if aux_coefs is None else expert_picks(saved.experts, e, mask)
     blocks = 0 if load is None else len(load)
-    tile = gate_tile(dy, r)
+    tile = gate_tile(dy, lora_B)
     block_e, block_k = block(e, 1 << 16), block(k, 1 << 16, 1)
     router = {
         "K": k, "RENORMALIZE": renormalize, "HAS_MASK": mask is not None,
@@ -104,7 +105,9 @@ def gate_gradients(
     products = {"HAS_MASK": mask is not None, **arithmetic(dy)}
     launch = options(tile.warps, tile.stages, dy.device)
     row_blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(o, tile.depth)
-    fits = 0 < r <= tile.columns and e <= MOST_EXPERTS_IN_TILE and not shared_A
+    fits = (
+        0 < r <= min(tile.columns, MOST_GATE_COLUMNS) and e <= MOST_EXPERTS_IN_TILE and not shared_A
+    )
     if n >= SPLIT_BELOW and fits:
         gate_kernel[(row_blocks,)](
             dy, lora_B, scaling, owners, mask, saved.z, saved.gates, saved.experts, saved.logits,
@@ -290,11 +293,12 @@ def moe_lora_backward(
             dropout_p, dropout_seed, aux_coefs, needs, fisher,
         )  # fmt: skip
     x, dy = rows_of(x), rows_of(grad_out.to(x.dtype))
-    like = (x, lora_A, lora_B, router_weight)
+    # with a base, its GEMM brings the memory for x's gradient
+    made = (needs[0] and (weight is None or not len(x)), *needs[1:])
     grads = Gradients(
         *(
             torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
-            for t, need in zip(like, needs, strict=True)
+            for t, need in zip((x, lora_A, lora_B, router_weight), made, strict=True)
         )
     )
     if not len(x):

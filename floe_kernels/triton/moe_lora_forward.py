@@ -74,7 +74,7 @@ def shrink_and_route(
     )
     if n == 0:
         return out
-    tile = shrink_tile(x, c, router.dtype != x.dtype and e > 32)
+    tile = shrink_tile(x, lora_A if c else router[:0], e)
     owners = column_experts(ranks, x.device)
     block_e, block_k = block(e, MOST_EXPERTS_IN_TILE), block(top_k, 1 << 16, 1)
     products = {"HAS_MASK": mask is not None, "DROPOUT": dropout.active, **arithmetic(x)}

@@ -34,6 +34,7 @@ from floe_kernels.triton.launch import (
     block,
     expand_tile,
     expert_columns,
+    gate_tile,
     options,
     shrink_tile,
     weight_tile,
@@ -78,7 +79,7 @@ def shrink_pairs(
     """Return z ``(N, R)``, zero where an expert was not kept, and h ``(S, Q)``."""
     (n, i), q = x.shape, widest(ranks)
     z, h = x.new_zeros(n, len(lora_A)), x.new_empty(pairs.total, q)
-    tile, rows = shrink_tile(x, q), tile_rows(pairs)
+    tile, rows = shrink_tile(x, lora_A[:q]), tile_rows(pairs)
     tiles = list_tiles(pairs, BY_CHUNK, rows)
     grouped_shrink_kernel[(tiles.bound,)](
         x, lora_A, scaling, gates, tiles.tile, pairs.pair, expert_columns(ranks, x.device),
@@ -132,7 +133,7 @@ def gate_pairs(
     out = PairGradients(
         z.new_empty(pairs.total, q), z.new_empty(pairs.total, q), torch.empty_like(gates)
     )
-    tile, rows = shrink_tile(dy, q), tile_rows(pairs)
+    tile, rows = gate_tile(dy, lora_B[:q]), tile_rows(pairs)
     tiles = list_tiles(pairs, BY_CHUNK, rows)
     grouped_gate_kernel[(tiles.bound,)](
         dy, lora_B, scaling, gates, z, tiles.tile, pairs.pair, expert_columns(ranks, dy.device),
