@@ -55,15 +55,16 @@ def launches(step: Step, mode: str) -> int:
     """Return how many kernels, copies and fills one call puts on the GPU."""
     from torch.autograd import DeviceType
 
-    out = None if mode == "fwdbwd" else step.forward()
+    out = step.forward() if mode == "bwd" else None
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
         if mode == "fwd":
             step.forward()
         else:
-            step.backward(step.forward() if out is None else out)
+            step.backward(step.forward() if mode == "fwdbwd" else out)
         torch.cuda.synchronize()
-    return sum(e.device_type == DeviceType.CUDA for e in prof.events() or ())
+    events = prof.profiler.kineto_results.events()
+    return sum(e.device_type() == DeviceType.CUDA for e in events)
 
 
 def extras(step: Step, mode: str, device: str) -> dict[str, Any]:
