@@ -2,17 +2,17 @@
 
 #include "cpu/moe_lora_call.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 // What the forward saved, and what is asked for. grad_out is contiguous, in the dtype of x.
-struct BackwardInputs {
+struct [[gnu::visibility("hidden")]] BackwardInputs {
   Tensor grad_out, z, experts, gates, logits;
   bool needs_x, needs_A, needs_B, needs_router;
   bool keeps_rows;  // fill RowGradients, for the Fisher buffers
 };
 
 // Row-major factors of the weight gradients, in the dtype of x, where they were asked for.
-struct RowGradients {
+struct [[gnu::visibility("hidden")]] RowGradients {
   Tensor grad_z;       // (T, C)
   Tensor h;            // (T, R)
   Tensor grad_logits;  // (T, E)
@@ -30,4 +30,4 @@ void backward_grouped(const Experts& given, const BackwardInputs& in, bool base_
 void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
                   const std::vector<cpu::WeightGrad>& grads);
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

@@ -15,7 +15,7 @@
 #include "cpu/moe_lora_kernels.h"
 #include "cpu/scratch.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -75,7 +75,7 @@ void with_elements(const Tensor& x, const F& f) {
 }
 
 // What both directions are given.
-struct Experts {
+struct [[gnu::visibility("hidden")]] Experts {
   Tensor x, lora_A, lora_B, router_weight, scaling;  // contiguous
   std::vector<int64_t> ranks;
   bool shared_A, renormalize;
@@ -115,7 +115,7 @@ int64_t rows_per_task(int64_t T);
 inline int64_t keep_stride(int64_t columns) { return (columns + 63) / 64 * 8 + 8; }
 
 // The panels of several matrices, all packed in one parallel loop.
-class Panels {
+class [[gnu::visibility("hidden")]] Panels {
  public:
   explicit Panels(const cpu::Kernels& kernels) : kernels_(kernels) {}
   // Returns the place of the panels, which pack() fills.
@@ -140,4 +140,4 @@ class Panels {
 cpu::Scratch keep_bits(const cpu::Kernels& kernels, const cpu::Dropout& dropout, int64_t T,
                        int64_t I);
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

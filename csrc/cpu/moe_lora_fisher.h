@@ -2,10 +2,10 @@
 
 #include "cpu/moe_lora_backward.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 // Running sums of per-sample squared gradients, as reference/moe_lora.py's FisherBuffers.
-struct FisherBuffers {
+struct [[gnu::visibility("hidden")]] FisherBuffers {
   Tensor offsets;  // (S + 1,) int64
   Optional scale, lora_A, lora_B, router, gate;
 };
@@ -17,4 +17,4 @@ RowGradients row_gradients(const Experts& given);
 void add_fisher(const Experts& given, const BackwardInputs& in, const RowGradients& rows,
                 const FisherBuffers& to);
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

@@ -2,10 +2,10 @@
 
 #include "cpu/moe_lora_call.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 // out is base + the experts' sum; base may be out itself. All in x's dtype.
-struct ForwardOutputs {
+struct [[gnu::visibility("hidden")]] ForwardOutputs {
   const void* base;  // (T, O), or null for zero
   Tensor out;        // (T, O)
   Tensor z;          // (T, C)
@@ -33,4 +33,4 @@ void route_tokens(const Experts& given, const cpu::Kernels& kernels, const cpu::
   }
 }
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

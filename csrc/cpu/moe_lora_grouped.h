@@ -6,7 +6,7 @@
 #include "cpu/moe_lora_call.h"
 #include "cpu/segments.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 // Slots of one expert in a task: several dot tiles over one expert's weights.
 inline constexpr int64_t kSlotsPerTask = 32;
@@ -73,4 +73,4 @@ void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
   });
 }
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

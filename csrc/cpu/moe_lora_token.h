@@ -3,7 +3,7 @@
 
 #include "cpu/moe_lora_backward.h"
 
-namespace floe [[gnu::visibility("hidden")]] {
+namespace floe {
 
 template <typename wide>
 cpu::AuxLosses<wide> aux_losses(const Experts& given, const cpu::Layer<wide>& layer,
@@ -13,7 +13,7 @@ cpu::AuxLosses<wide> aux_losses(const Experts& given, const cpu::Layer<wide>& la
 }
 
 template <typename scalar_t, typename elem>
-struct TokenGradients {
+struct [[gnu::visibility("hidden")]] TokenGradients {
   using wide = cpu::wide_t<scalar_t>;
 
   const cpu::Layer<wide>& layer;
@@ -121,4 +121,4 @@ struct TokenGradients {
   }
 };
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace floe

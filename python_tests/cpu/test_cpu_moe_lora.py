@@ -20,7 +20,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 ALL = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ALL[: ALL.index(_info.cpu_isa()) + 1]
 
-# what each case is for; few tokens and many columns run grouped, the others dense: (tokens, inputs, outputs, ranks, top_k, options)
+# few tokens, and many columns, run grouped; the others dense
+# what each case is for: (tokens, inputs, outputs, ranks, top_k, options)
 CASES = {
     "nothing": (0, 24, 16, [4, 4], 1, {}),
     "one token": (1, 24, 16, [4, 4], 2, {}),
