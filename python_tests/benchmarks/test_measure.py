@@ -45,7 +45,7 @@ def slowed(step):
     forward = step._forward
 
     def slow():
-        time.sleep(0.02)
+        time.sleep(0.05)
         return forward()
 
     step._forward = slow
@@ -78,7 +78,7 @@ def by_provider(lines):
 def test_a_slowed_kernel_is_caught(moe_lora, tiny, providers):
     before = run(moe_lora, tiny, providers)
     after = run(moe_lora, tiny, with_ours(providers, slowed))
-    assert by_provider(after)["ours"]["ms"][0] > 15
+    assert by_provider(after)["ours"]["ms"][0] > 40
     verdicts = {(c.provider, c.ratio): c.verdict for c in compare.changes(before, after)}
     assert verdicts["ours", "over_base"] == "slower"
     assert by_provider(after)["ours"]["over_best_peer"][1] > 2  # and beside its peers at once

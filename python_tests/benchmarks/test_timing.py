@@ -53,14 +53,14 @@ def test_inputs_rotate(monkeypatch):
 
 @pytest.mark.usefixtures("undisturbed")
 def test_a_sample_is_the_mean_of_calls():
-    samples = timing.interleave({"a": [Fake([], "a", 0.001)]}, "fwd", "cpu", 0.0, (3, 3))
-    assert all(0.001 <= s.seconds < 0.004 for s in samples["a"])
+    samples = timing.interleave({"a": [Fake([], "a", 0.001)]}, "fwd", "cpu", 0.0, (9, 9))
+    assert 0.001 <= min(s.seconds for s in samples["a"]) < timing.SAMPLE["cpu"]
 
 
 def test_the_backward_alone_does_not_time_the_forward():
     clock = timing.Clock("cpu")
-    assert clock.time([Fake([], "a", 0.02)], "bwd") < 0.01
-    assert clock.time([Fake([], "a", 0.02)], "fwdbwd") >= 0.02
+    assert clock.time([Fake([], "a", 0.1)], "bwd") < 0.05
+    assert clock.time([Fake([], "a", 0.1)], "fwdbwd") >= 0.1
 
 
 def test_a_disturbed_sample_is_taken_again(monkeypatch):
