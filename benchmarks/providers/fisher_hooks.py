@@ -123,6 +123,8 @@ class BackpackStep(HookStep):
 
     def __init__(self, inputs: MoELoRAInputs) -> None:
         super().__init__(inputs)
+        if not torch.backends.opt_einsum.is_available():
+            raise Unavailable("opt_einsum is not installed, and without it this would be unfair")
         from backpack import extend
 
         for layer in (*self.experts.A, *self.experts.B):
