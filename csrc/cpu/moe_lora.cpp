@@ -95,32 +95,38 @@ Gradients moe_lora_backward(const Tensor& grad_out, const Tensor& x, const Optio
   const Experts given(x, lora_A, lora_B, router_weight, scaling, std::move(ranks), shared_A,
                       renormalize, token_mask, dropout_p, dropout_seed, aux_coefs);
   const bool fisher = fisher_offsets.has_value();
+  // the squares' kernel sums these gradients too; in x's dtype, so float32 parameters use ours
+  const bool same = given.lora_A.scalar_type() == given.x.scalar_type();
+  const auto ours = [&](std::size_t i, const Optional& buffer) {
+    return needs[i] && !(fisher && buffer && same);
+  };
   const BackwardInputs in{as_dtype(grad_out, given.x.scalar_type()),
                           torch::stable::contiguous(z),
                           torch::stable::contiguous(experts),
                           torch::stable::contiguous(gates),
                           torch::stable::contiguous(logits),
                           needs[0],
-                          needs[1],
-                          needs[2],
-                          needs[3],
+                          ours(1, fisher_A),
+                          ours(2, fisher_B),
+                          ours(3, fisher_router),
                           fisher};
   const auto like = [](const Tensor& t, bool wanted) {
     return wanted ? torch::stable::new_empty(t, {t.size(0), t.size(1)})
                   : torch::stable::new_empty(t, {0});
   };
   const bool base_share = weight && needs[0];
-  const Gradients out{
+  Gradients out{
       base_share ? torch::stable::contiguous(mm(in.grad_out, *weight)) : like(given.x, needs[0]),
-      like(given.lora_A, needs[1]), like(given.lora_B, needs[2]),
-      like(given.router_weight, needs[3])};
+      like(given.lora_A, in.needs_A), like(given.lora_B, in.needs_B),
+      like(given.router_weight, in.needs_router)};
   RowGradients rows;
   if (fisher) rows = row_gradients(given);
   const int64_t K = in.experts.size(1);
   (runs_grouped(given, K) ? backward_grouped : backward_dense)(given, in, base_share, out, rows);
   if (fisher) {
     add_fisher(given, in, rows,
-               {*fisher_offsets, fisher_scale, fisher_A, fisher_B, fisher_router, fisher_gate});
+               {*fisher_offsets, fisher_scale, fisher_A, fisher_B, fisher_router, fisher_gate},
+               {needs[1], needs[2], needs[3]}, out);
   }
   return {std::get<0>(out), as_dtype(std::get<1>(out), lora_A.scalar_type()),
           as_dtype(std::get<2>(out), lora_B.scalar_type()),

@@ -41,18 +41,20 @@ Tensor cleaned(const Experts& given, const Tensor& x, bool with_dropout) {
   return out;
 }
 
-// buffer += the sum of the samples' squared gradients; its shape says how far it is summed.
-void add_squares(Tensor buffer, const Tensor& g, const Tensor& x, const FisherBuffers& to) {
+// buffer += the sum of the samples' squared gradients; its shape says how far it is summed. Returns
+// the gradient of all samples.
+Tensor add_squares(Tensor buffer, const Tensor& g, const Tensor& x, const FisherBuffers& to) {
   using torch::stable::detail::from;
   static const char* const kReduce[] = {"matrix", "rank", "element"};
   std::array<StableIValue, 5> stack{from(g), from(x), from(to.offsets), from(to.scale),
                                     from(std::string(kReduce[buffer.dim()]))};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("floe::segment_grad_square", "", stack.data(), TORCH_ABI_VERSION));
-  static_cast<void>(torch::stable::detail::to<Tensor>(stack[0]));  // the gradient: ours is at hand
+  Tensor grad = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor fisher = torch::stable::detail::to<Tensor>(stack[1]);
   static_cast<void>(torch::stable::detail::to<Tensor>(stack[2]));
   torch::stable::copy_(buffer, torch::stable::subtract(buffer, fisher, -1));
+  return grad;
 }
 
 // gate (S,) += scale * the sum of every sample's tokens; the gradient itself, not its square.
@@ -85,10 +87,16 @@ RowGradients row_gradients(const Experts& given) {
 }
 
 void add_fisher(const Experts& given, const BackwardInputs& in, const RowGradients& rows,
-                const FisherBuffers& to) {
-  if (to.lora_A) add_squares(*to.lora_A, rows.grad_z, cleaned(given, given.x, true), to);
-  if (to.lora_B) add_squares(*to.lora_B, rows.h, cleaned(given, in.grad_out, false), to);
-  if (to.router) add_squares(*to.router, rows.grad_logits, cleaned(given, given.x, false), to);
+                const FisherBuffers& to, std::array<bool, 3> wanted, Gradients& out) {
+  const auto add = [&](const Optional& buffer, const Tensor& g, const Tensor& x, bool dropout,
+                       bool take, Tensor& grad) {
+    if (!buffer) return;
+    const Tensor sum = add_squares(*buffer, g, cleaned(given, x, dropout), to);
+    if (take && grad.dim() == 1) grad = sum;
+  };
+  add(to.lora_A, rows.grad_z, given.x, true, wanted[0], std::get<1>(out));
+  add(to.lora_B, rows.h, in.grad_out, false, wanted[1], std::get<2>(out));
+  add(to.router, rows.grad_logits, given.x, false, wanted[2], std::get<3>(out));
   if (to.gate) add_gates(*to.gate, rows.gate.const_data_ptr<double>(), to);
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+
 #include "cpu/moe_lora_backward.h"
 
 namespace floe {
@@ -13,8 +15,10 @@ struct [[gnu::visibility("hidden")]] FisherBuffers {
 // Memory for the factors, zero where the backward writes nothing.
 RowGradients row_gradients(const Experts& given);
 
-// Adds the samples of one backward to every buffer there is.
+// Adds the samples of one backward to every buffer there is. floe::segment_grad_square sums the
+// ordinary gradient from the same read of its operands: it becomes that of `out` where that is
+// still empty and `wanted` (lora_A, lora_B, router).
 void add_fisher(const Experts& given, const BackwardInputs& in, const RowGradients& rows,
-                const FisherBuffers& to);
+                const FisherBuffers& to, std::array<bool, 3> wanted, Gradients& out);
 
 }  // namespace floe
