@@ -31,7 +31,7 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 SEGMENTS_A_STEP = 1024  # offsets one program scans at once: 8 KB
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S"])
 def first_blocks_kernel(
     offsets_ptr,  # (S + 1,) int64
     first_ptr,  # (S + 3,) int32: the first block of each segment, then how many there are
@@ -54,7 +54,7 @@ def first_blocks_kernel(
     tl.store(first_ptr + S + 2, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "bound", "halvings"])
 def list_blocks_kernel(
     offsets_ptr,  # (S + 1,) int64
     first_ptr,  # (S + 3,) int32
@@ -103,7 +103,7 @@ def _unit_start(first_ptr, segment_ptr, unit, U, S):
     return tl.minimum(tl.where(first == block, block, after), total)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "N", "S", "U"])
 def grad_square_kernel(
     g_ptr,  # (N, R)
     x_ptr,  # (N, D)

@@ -71,7 +71,7 @@ def _gathered_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "steps"])
 def grouped_shrink_kernel(
     x_ptr,  # (N, D)
     lora_A_ptr,  # (R, D)
@@ -177,7 +177,7 @@ def grouped_update_kernel(
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def grouped_gate_kernel(
     dy_ptr,  # (N, D)
     lora_B_ptr,  # (R, D)
@@ -226,7 +226,7 @@ def grouped_gate_kernel(
     tl.store(dz_ptr + place, (gate[:, None] * u).to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["load_blocks", "N"])
 def grouped_router_kernel(
     grad_gates_ptr,  # (N, K) float32, unwritten where the token is masked
     gates_ptr,  # (N, K) float32

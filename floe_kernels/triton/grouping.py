@@ -23,7 +23,7 @@ CHUNK = 4096
 BY_EXPERT, BY_CHUNK, BY_SLOT = 0, 1, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def count_pairs_kernel(
     experts_ptr,  # (N, K) int64
     token_mask_ptr,  # (N,) uint8
@@ -50,7 +50,7 @@ def count_pairs_kernel(
     tl.store(count_ptr + place, count, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def place_pairs_kernel(
     experts_ptr,  # (N, K) int64
     token_mask_ptr,  # (N,) uint8
@@ -99,7 +99,7 @@ def _group_range(start_ptr, g, groups, E, H, K: tl.constexpr, J: tl.constexpr, B
     return begin, end, expert
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "H"])
 def list_tiles_kernel(
     start_ptr,  # (E * H * K * J + 1,) int64
     tile_ptr,  # (bound, 4) int64: first pair, pairs, expert, place among split groups or -1
@@ -165,8 +165,8 @@ class Tiles(NamedTuple):
 def sort_pairs(experts: Tensor, num_experts: int, mask: Tensor | None) -> Pairs:
     """Sort by (expert, chunk, slot), stable in the tokens."""
     (n, k), block_e = experts.shape, block(num_experts, 1 << 16)
-    rows = max(16, min(256, CHUNK, 8192 // block_e))  # 8192 comparisons a program are 64 a thread
-    chunks, blocks = triton.cdiv(n, CHUNK), triton.cdiv(min(n, CHUNK), rows)
+    rows = max(16, min(256, CHUNK, 4096 // block_e))  # 8192 comparisons a program spill (gfx942)
+    chunks, blocks = triton.cdiv(n, CHUNK), triton.cdiv(CHUNK, rows)
     grid = (chunks * blocks, k)
     count = experts.new_empty(num_experts * chunks * k * blocks, dtype=torch.int32)
     shape = {

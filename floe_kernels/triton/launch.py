@@ -118,7 +118,12 @@ def expert_columns(ranks: Sequence[int], device: torch.device) -> Tensor:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Return ``x`` with unit stride along its rows, which is all the kernels ask of a layout."""
+    """Return ``x`` with unit stride along its rows, which is all the kernels ask of a layout.
+
+    And rows near enough for a tile of 128 to be addressed by int32 from its first.
+    """
+    if x.stride(0) >= 1 << 24:
+        return x.contiguous()
     return x if x.stride(-1) == 1 or (x.shape[-1] <= 1 and x.is_contiguous()) else x.contiguous()
 
 
@@ -172,8 +177,9 @@ def weight_tile(x: Tensor, columns: int, crowded: bool = False) -> Tile:
     """Inputs (or outputs) by packed columns, summed over tokens; crowded by dropout or a router."""
     if not is_narrow(x):
         return Tile(64, block(columns, 64), 16, 4, 2)
-    tile = block(columns, most_columns(x.device))
-    # 148 registers and 100 KB; with dropout 128 rows spill 48 bytes and 64 take 133 registers
+    # 148 registers and 100 KB; with dropout 128 rows spill 48 bytes and 64 take 133 registers, 254
+    # for 256 columns, which spill on sm_80
+    tile = block(columns, 128 if crowded else most_columns(x.device))
     return Tile(64 if crowded or tile > 128 else 128, tile, 64, 8, 3)
 
 

@@ -179,7 +179,7 @@ def router_backward(
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=in_ne)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["load_blocks", "N", "steps"])
 def gate_kernel(
     dy_ptr,  # (N, O)
     lora_B_ptr,  # (R, O)
@@ -238,7 +238,7 @@ def gate_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "steps"])
 def gate_part_kernel(
     dy_ptr,  # (N, O)
     lora_B_ptr,  # (R, O)
@@ -269,7 +269,7 @@ def gate_part_kernel(
     tl.store(part_ptr + row[:, None] + r[None, :], u, mask=(n < N)[:, None] & (r < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["load_blocks", "P", "N"])
 def gate_parts_kernel(
     part_ptr,  # (P, N, R) float32
     scaling_ptr,  # (R,)
@@ -348,7 +348,7 @@ def gate_parts_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def expert_picks_kernel(
     experts_ptr,  # (N, K) int64
     token_mask_ptr,  # (N,) uint8

@@ -148,7 +148,7 @@ def _store_z_and_h(
         tl.store(packed + c[None, :], h, mask=in_nc)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "N", "steps"])
 def shrink_route_kernel(
     x_ptr,  # (N, I)
     lora_A_ptr,  # (C, I)
@@ -204,7 +204,7 @@ def shrink_route_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "N", "steps"])
 def shrink_part_kernel(
     x_ptr,  # (N, I)
     lora_A_ptr,  # (C, I)
@@ -256,7 +256,7 @@ def shrink_part_kernel(
         tl.store(out, logits, mask=in_n[:, None] & in_e[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N"])
 def route_parts_kernel(
     part_ptr,  # (P, N, C + E) float32
     scaling_ptr,  # (R,)

@@ -9,7 +9,7 @@ import triton.language as tl
 from floe_kernels.triton.tiles import dot, kept_elements
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "N"])
 def rank_update_kernel(
     base_ptr,  # (N, O), the same as out, or not read
     out_ptr,  # (N, O)

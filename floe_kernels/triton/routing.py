@@ -12,7 +12,7 @@ from floe_kernels.triton.launch import options
 from floe_kernels.triton.tiles import select_experts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _topk_softmax_kernel(
     logits_ptr,  # (N, E)
     gates_ptr,  # (N, K)

@@ -9,7 +9,7 @@ import triton.language as tl
 from floe_kernels.triton.tiles import dot, drop
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "N", "steps"])
 def weight_grad_kernel(
     g_ptr,  # (N, R)
     x_ptr,  # (N, D)
@@ -98,7 +98,7 @@ def weight_grad_kernel(
         tl.store(out, acc2.to(second.dtype.element_ty), mask=in_d[:, None] & in_e[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def add_parts_kernel(
     part_ptr,  # (P, size + size2) float32
     out_ptr,  # (size,)

@@ -89,8 +89,10 @@ CALLS = {
     "float32 adapters": lambda: layer(
         8192, 4096, 4096, [16] * 8, 2, weights=FP32, mask=True, p=0.1, aux=True
     ),
+    "odd tokens": lambda: layer(8189, 4096, 4096, [16] * 8, 2),
     "few tokens": lambda: layer(1024, 4096, 4096, [16] * 8, 2),
     "one token": lambda: layer(1, 4096, 4096, [16] * 8, 2),
+    "fewer tokens": lambda: layer(999, 4096, 4096, [16] * 8, 2),
     "256 columns": lambda: layer(8192, 4096, 4096, [64] * 4, 2, weights=FP32, p=0.1),
     "512 columns": lambda: layer(8192, 4096, 4096, [64] * 8, 2),
     "many experts": lambda: layer(8192, 4096, 4096, [2] * 64, 2),

@@ -51,3 +51,10 @@ def test_wide_products_use_wgmma(compiled):
     for kernel in WIDE:
         assert all(row["wgmma"] for row in narrow if row["kernel"] == kernel), kernel
         assert any(row["kernel"] == kernel for row in narrow), kernel
+
+
+def test_token_counts_share_kernels(compiled):
+    # a kernel compiled anew for a batch of another length costs seconds in the middle of training
+    _, rows = compiled
+    assert {row["call"] for row in rows}.isdisjoint({"odd tokens", "fewer tokens"})
+    assert {row["call"] for row in rows} > {"common", "few tokens"}

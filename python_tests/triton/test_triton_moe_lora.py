@@ -208,6 +208,32 @@ def test_runs_repeat_bit_for_bit(regime):
         assert torch.equal(one, two)
 
 
+def test_rows_beyond_two_to_the_31_elements(tmp_path, regime):
+    n, i, stride = 132, 24, (1 << 24) - 16
+    file = str(tmp_path / "sparse")  # 4 GB, of which 132 rows are touched
+    flat = torch.from_file(file, shared=True, size=n * stride, dtype=BF16).to(DEVICE)
+    x = flat.as_strided((n, i), (stride, 1))
+    generator = torch.Generator().manual_seed(1)
+    x.copy_(torch.randn(n, i, generator=generator))
+    lora_A, lora_B, router = (
+        torch.randn(4, s, generator=generator).to(DEVICE, BF16) for s in (i, 8, i)
+    )
+    weight, dy = torch.zeros(8, i, dtype=BF16, device=DEVICE), torch.ones(n, 8, device=DEVICE)
+    route = (torch.ones(4, device=DEVICE), [1] * 4, 2, False, True, None, 0.0, None)
+    results = []
+    for rows in (x, x.clone(memory_format=torch.contiguous_format)):
+        out, *saved = moe_lora_forward.moe_lora_linear(
+            rows, weight, None, lora_A, lora_B, router, *route
+        )
+        grads = moe_lora_backward.moe_lora_backward(
+            dy.to(BF16), rows, weight, lora_A, lora_B, router, route[0], *saved,
+            [1] * 4, False, True, None, 0.0, None, None, [True] * 4, None,
+        )  # fmt: skip
+        results.append((out, *saved, *grads))
+    for far, near in zip(*results, strict=True):
+        assert torch.equal(far, near)
+
+
 def test_dropout_draws_the_reference_mask():
     n, d, p = 3, 40, 0.4
     seed = torch.tensor(-5, device=DEVICE)
