@@ -4,6 +4,8 @@
 device      kernel                             present when
 ==========  =================================  ===========================
 any         reference/grad_square.py           always
+CPU         csrc/cpu/grad_square.cpp (the      the extension was built
+            first; the second is two GEMMs)
 CUDA        triton/grad_square.py              Triton is installed
 ==========  =================================  ===========================
 """

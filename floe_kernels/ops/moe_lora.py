@@ -4,6 +4,7 @@
 device      kernel                             present when
 ==========  =================================  ===========================
 any         reference/moe_lora.py              always
+CPU         csrc/cpu/moe_lora.cpp              the extension was built
 CUDA        triton/moe_lora_forward.py,        Triton is installed
             triton/moe_lora_backward.py
 ==========  =================================  ===========================
