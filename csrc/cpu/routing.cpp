@@ -1,12 +1,12 @@
 #include "cpu/routing.h"
 
-#include <tuple>
-#include <vector>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <tuple>
+#include <vector>
 
 namespace floe {
 namespace {

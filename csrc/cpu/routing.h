@@ -17,8 +17,8 @@ namespace floe::cpu {
 //   experts (K,)  their indices; equal logits keep index order
 //   order   (E,)  scratch
 template <typename scalar_t>
-void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K,
-                      bool renormalize, scalar_t* gates, int64_t* experts, int64_t* order) {
+void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K, bool renormalize,
+                      scalar_t* gates, int64_t* experts, int64_t* order) {
   using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
   std::iota(order, order + E, int64_t{0});
@@ -28,7 +28,9 @@ void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K,
 
   // order[0] is the row maximum, so every exponent is <= 0 and no exp overflows.
   const acc_t top = logits[order[0]];
-  const auto weight = [&](int64_t k) { return std::exp(static_cast<acc_t>(logits[order[k]]) - top); };
+  const auto weight = [&](int64_t k) {
+    return std::exp(static_cast<acc_t>(logits[order[k]]) - top);
+  };
 
   acc_t total = 0;
   for (int64_t k = 0; k < (renormalize ? K : E); ++k) total += weight(k);
