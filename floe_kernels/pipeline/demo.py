@@ -10,6 +10,9 @@ import torch
 from floe_kernels.allocation import uniform
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
 from floe_kernels.pipeline.datasets import STDLIB
+from floe_kernels.pipeline.encoding import draw
+from floe_kernels.pipeline.evaluation import evaluate
+from floe_kernels.pipeline.machine import describe_machine, fastest_threads
 from floe_kernels.pipeline.options import Options
 from floe_kernels.pipeline.packages import check_packages
 from floe_kernels.pipeline.progress import SILENT, Progress
@@ -23,6 +26,7 @@ from floe_kernels.pipeline.workbench import Workbench
 AIM_S = 480.0  # of the ten minutes that it may take
 LAST_S = 540.0  # no training step starts later
 REPORT_S = 10.0
+PROBED = 4  # samples of a forward pass that measures threads
 MEASURED_STEPS = 3
 MEASURED_RANK = 8
 MOST_STEPS, LEAST_STEPS = 80, 8
@@ -68,6 +72,7 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
     clock = Clock()
     check_packages(options)
     bench = open_bench(run, options, progress)
+    _choose_threads(bench)
     _, evaluation = clock.timed(bench.base_loss)
     if "pace" not in run.state:
         seconds = measure_step(bench)
@@ -209,6 +214,24 @@ def _searching(options: Options) -> float:
         return 0.0
     judging = 2 * FORWARD * math.ceil(judges_of(options) / options.batch_size)
     return options.trials * (options.search_steps * SEARCHED + judging)
+
+
+def _choose_threads(bench: Workbench) -> None:
+    """On a CPU that others keep busy, work with one thread; stay with what was chosen first."""
+    if bench.loaded.device.type == "cuda" or bench.options.threads:
+        return
+    if "threads" not in bench.run.state:
+        few = draw(bench.dataset.train, PROBED, bench.options.seed, "threads")
+        chosen = fastest_threads(
+            lambda: evaluate(bench.model, few, batch_size=PROBED, pad=bench.dataset.pad)
+        )
+        bench.run.finish("threads", {"chosen": chosen})
+    chosen, most = bench.run.state["threads"]["chosen"], torch.get_num_threads()
+    if chosen != most:
+        bench.progress.say(f"others keep this machine busy: 1 thread is faster than {most}")
+        torch.set_num_threads(chosen)
+        machine = describe_machine(bench.loaded.device)
+        bench.run.finish("machine", machine)
 
 
 def _take(bench: Workbench) -> None:

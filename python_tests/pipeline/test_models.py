@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from floe_kernels.pipeline import models, packages
-from floe_kernels.pipeline.machine import describe_machine
+from floe_kernels.pipeline.machine import describe_machine, fastest_threads
 from floe_kernels.pipeline.memory import PeakMemory
 from floe_kernels.pipeline.models import choose_device, load_model, locate
 from floe_kernels.pipeline.options import Options
@@ -93,6 +93,20 @@ def test_a_machine_is_described_without_its_name():
     described = describe_machine(torch.device("cpu"))
     assert described["processor"]
     assert socket.gethostname() not in str(described)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [({4}, 1), ({1}, 4), (set(), 4)])
+def test_threads_that_hinder_each_other_are_left_alone(slow, expected):
+    import time
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        work = lambda: time.sleep(0.02 if torch.get_num_threads() in slow else 0.01)  # noqa: E731
+        assert fastest_threads(work) == expected
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("forbidden", [False, True])
