@@ -1,0 +1,88 @@
+"""What is registered for CUDA takes the operators' arguments, in their order.
+
+Without a GPU nothing else calls it: the dispatcher would, so the test does in its place.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from floe_kernels.ops import grad_square, moe_lora
+from floe_kernels.reference.moe_lora import FisherBuffers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def no_device_to_choose(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+def on_cuda(op, *args):
+    """Call what the dispatcher would for CUDA tensors."""
+    return op._backend_fns["cuda"](*args)
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def layer(shared_A):
+    """Return x, weight, the adapter and everything that follows it in the schema."""
+    offsets = torch.tensor([0, 9, 20], device=DEVICE)
+    adapter = (randn(2 if shared_A else 6, 24), randn(6, 10), randn(3, 24))
+    mask = torch.arange(20, device=DEVICE) % 5 != 0
+    seed, aux = torch.tensor(3, device=DEVICE), torch.tensor([0.1, 0.2], device=DEVICE)
+    config = (randn(6), [2, 2, 2], 2, shared_A, True, mask, 0.25, seed, aux)
+    fisher = FisherBuffers(offsets, None, None, None, None, None)
+    return randn(20, 24), randn(10, 24), adapter, config, fisher
+
+
+@pytest.mark.parametrize("shared_A", [False, True])
+def test_layer(shared_A):
+    x, weight, adapter, config, fisher = layer(shared_A)
+    args = (x, weight, randn(10), *adapter, *config, *[None] * 6)
+    got, want = on_cuda(moe_lora.moe_lora_linear, *args), moe_lora.moe_lora_linear(*args)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+    args = (x, x @ weight.T, *adapter, *config, *[None] * 6)
+    got, want = on_cuda(moe_lora.moe_lora, *args), moe_lora.moe_lora(*args)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+    scaling, ranks, _, *rest, aux = config
+    both = []
+    for run in (lambda *a: on_cuda(moe_lora.moe_lora_backward, *a), moe_lora.moe_lora_backward):
+        own = fisher._replace(
+            lora_A=torch.zeros_like(adapter[0]),
+            lora_B=torch.zeros(6, device=DEVICE),
+            router=torch.zeros((), device=DEVICE),
+            gate=torch.zeros(2, device=DEVICE),
+        )
+        grads = run(
+            randn(20, 10), x, weight, *adapter, scaling, *want[1:], ranks, *rest, aux,
+            [True] * 4, *own,
+        )  # fmt: skip
+        both.append((*grads, *own[2:]))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_grad_square():
+    args = (randn(20, 3), randn(20, 7), torch.tensor([0, 4, 20], device=DEVICE), randn(2))
+    for op, rest in (
+        (grad_square.segment_grad_square, ("rank",)),
+        (grad_square.linear_grad_square, ()),
+    ):
+        for one, other in zip(on_cuda(op, *args, *rest), op(*args, *rest), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_float64_goes_to_the_reference():
+    x, weight, adapter, config, _ = layer(False)
+    wide = [t.double() for t in (x, weight, *adapter)]
+    args = (*wide[:2], None, *wide[2:], *config, *[None] * 6)
+    got, want = on_cuda(moe_lora.moe_lora_linear, *args), moe_lora.moe_lora_linear(*args)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
