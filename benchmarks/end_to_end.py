@@ -19,6 +19,8 @@ from benchmarks.spread import Spread, ratio, seconds
 from benchmarks.timing import interleave
 from floe_kernels import FusedMoELoRA
 
+#: What times are divided by: one LoRA with as many columns as all experts together.
+BASE = "PEFT LoRA, equal columns"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -98,7 +100,7 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
         return replace(base_model(options), keep, make)
 
     return {
-        "PEFT LoRA, equal columns": peft,
+        BASE: peft,
         "MoLA's loop": looped,
         "ours, all layers": lambda: fused(lambda _: True),
         "ours, a quarter of the layers": lambda: fused(quarter.__contains__),
@@ -183,11 +185,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     timed = interleave(
         {n: [s] for n, s in steps.items()}, "fwdbwd", options.device, options.seconds, (5, 200)
     )
-    base = timed.get("PEFT LoRA, equal columns")
+    base = timed.get(BASE)
     lines = []
     for name in variants(options):
         line: dict[str, Any] = {"op": "training_step", "mode": "step", "case": describe(options)}
-        line |= {"provider": name, "status": "unavailable", "why": why.get(name, "")}
+        role = "base" if name == BASE else "ours" if name.startswith("ours") else "peer"
+        line |= {"provider": name, "role": role}
+        line |= {"status": "unavailable", "why": why.get(name, "")}
         if name in timed:
             error = abs(losses[name] - reference) / abs(reference)
             tolerance = 2 * torch.finfo(getattr(torch, options.dtype)).eps

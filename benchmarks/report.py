@@ -123,11 +123,17 @@ def case_table(lines: list[dict[str, Any]]) -> str:
     ranked = sorted(
         lines, key=lambda r: (order[r["status"]], r["role"] != "base", r.get("ms", [0])[0])
     )
-    timed = [r for r in lines if "rounds" in r]
-    few = min((r["quiet_rounds"] for r in timed), default=0)
+    worst = min(
+        (r for r in lines if "rounds" in r),
+        key=lambda r: r["quiet_rounds"] / r["rounds"],
+        default=None,
+    )
     noise = ""
-    if timed and few < timed[0]["rounds"]:
-        noise = f"\nOf {timed[0]['rounds']} rounds at least {few} were quiet for every provider.\n"
+    if worst and worst["quiet_rounds"] < worst["rounds"]:
+        noise = (
+            f"\nThe machine was shared: {worst['provider']} was undisturbed in "
+            f"{worst['quiet_rounds']} of {worst['rounds']} rounds, the others in more.\n"
+        )
     table = markdown(COLUMNS, [row(r) for r in ranked])
     return f"### {title(lines[0])}\n\n{table}\n{noise}"
 

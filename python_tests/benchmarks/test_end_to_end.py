@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import end_to_end
+from benchmarks import compare, end_to_end
 
 SMALL = (
     "--hidden 32 --intermediate 48 --layers 4 --heads 4 --kv-heads 2 --vocab 64 --length 8 "
@@ -23,3 +23,4 @@ def test_variants_agree_and_are_timed():
     assert quarter["peak_bytes"] < every["peak_bytes"]
     assert every["tokens_per_second"][0] > 0
     assert "ours, a quarter" in end_to_end.table(lines)
+    assert [c.verdict for c in compare.changes(lines, lines)] == ["same"] * 3
