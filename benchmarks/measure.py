@@ -55,7 +55,7 @@ def measure(
                 try:
                     steps[p.name] = [p.build(inputs).bind(mode) for inputs in sets]
                     if epoch == 0:
-                        extras[p.name] = memory.extras(steps[p.name][0], mode, device)
+                        extras[p.name] = memory.extras(steps[p.name][0], device)
                 except Exception as error:
                     steps.pop(p.name, None)
                     verdicts[p.name] = Verdict("failed", one_line(error))

@@ -1,6 +1,8 @@
 """Memory and launches of one call: what is saved, the peak, and how many kernels run."""
 
 import gc
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,26 +53,26 @@ def peak_bytes(step: Step, device: str) -> int:
     return peak
 
 
-def launches(step: Step, mode: str) -> int:
-    """Return how many kernels, copies and fills one call puts on the GPU."""
+def launches(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Return how many kernels, copies and fills a call puts on the GPU, and its result."""
     from torch.autograd import DeviceType
 
-    out = step.forward() if mode == "bwd" else None
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-        if mode == "fwd":
-            step.forward()
-        else:
-            step.backward(step.forward() if mode == "fwdbwd" else out)
+        result = work()
         torch.cuda.synchronize()
     events = prof.profiler.kineto_results.events()
-    return sum(e.device_type() == DeviceType.CUDA for e in events)
+    return sum(e.device_type() == DeviceType.CUDA for e in events), result
 
 
-def extras(step: Step, mode: str, device: str) -> dict[str, Any]:
+def extras(step: Step, device: str) -> dict[str, Any]:
     """Return the columns of one provider that one call decides."""
     step.backward(step.forward())  # whatever happens only once happens here
-    count = launches(step, mode) if device == "cuda" else None
+    count = None
+    if device == "cuda":
+        forward, out = launches(step.forward)
+        backward, _ = launches(partial(step.backward, out))
+        count = [forward, backward]
     if isinstance(step, GraphedStep):  # its memory was taken when it was captured
         return {"saved_bytes": None, "peak_bytes": None, "launches": count}
     return {

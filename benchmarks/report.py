@@ -25,7 +25,7 @@ def size(value: int | None) -> str:
 
 COLUMNS = (
     "provider", "error", "ms (20 to 80 %)", "over base", "overhead / best peer's",
-    "peak MB", "saved MB", "launches", "GFLOP/s", "GB/s", "of ceiling", "origin",
+    "peak MB", "saved MB", "launches, fwd + bwd", "GFLOP/s", "GB/s", "of ceiling", "origin",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def row(line: dict[str, Any]) -> list[str]:
         with_spread(line.get("overhead_over_best_peer")),
         size(line.get("peak_bytes")),
         size(line.get("saved_bytes")),
-        number(line.get("launches")),
+        " + ".join(str(n) for n in line.get("launches") or ()),
         number(line.get("gflops")),
         number(line.get("gbs")),
         "" if fraction is None else f"{100 * fraction:.0f} %",

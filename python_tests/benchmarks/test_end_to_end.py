@@ -12,7 +12,7 @@ SMALL = (
 
 @pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
 def test_variants_agree_and_are_timed():
-    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     lines = end_to_end.run(end_to_end.arguments(SMALL.split()))
     found = {line["provider"]: line for line in lines}
     assert len(found) == 4
