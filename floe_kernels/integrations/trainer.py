@@ -84,11 +84,12 @@ class AuxLossScale:
         """Put the coefficients back as they were."""
         self.set()
 
-    def figures(self, *, per_layer: bool = False) -> dict[str, float]:
-        """Read what the last forward pass routed, in this process.
+    def figures(self, *, per_layer: bool = False, reduce: bool = False) -> dict[str, float]:
+        """Read what the last forward pass routed.
 
         Args:
             per_layer: Give the entropy and every expert's load of each layer as well.
+            reduce: Average over all processes of the default group, which must all call this.
 
         Returns:
             ``aux_loss``, summed over layers, times their unscaled coefficients;
@@ -96,27 +97,37 @@ class AuxLossScale:
             ``expert_load_max``, any expert's largest share times E (1 is balanced). Empty before
             any forward pass.
         """
-        losses, entropies, loads, figures = [], [], [], {}
-        for name, layer in self.layers.items():
-            if layer._routed is None:
-                continue
-            coefs = self.coefs[name].to(layer.aux_coefs.device)
-            logits, experts, mask = layer._routed
-            mask = None if mask is None else mask.reshape(-1)
-            balance = functional.load_balance_loss(logits, experts, token_mask=mask)
-            z = functional.router_z_loss(logits, token_mask=mask)
-            losses.append(coefs[0] * balance + coefs[1] * z)
-            entropies.append(_entropy(logits, mask))
-            loads.append(layer.expert_load() * len(layer.ranks))
-            if per_layer:
-                figures[f"router_entropy/{name}"] = entropies[-1]
-                for expert, load in enumerate(loads[-1] / len(layer.ranks)):
-                    figures[f"expert_load/{name}/{expert}"] = load
-        if losses:
-            figures["aux_loss"] = torch.stack(losses).sum()
-            figures["router_entropy"] = torch.stack(entropies).mean()
-            figures["expert_load_max"] = torch.cat(loads).max()
-        return {name: float(value) for name, value in figures.items()}
+        rows = {name: self._row(name) for name in self.layers if self.layers[name]._routed}
+        if not rows:
+            return {}
+        device = next(iter(rows.values())).device
+        flat = torch.cat([row.to(device) for row in rows.values()])
+        if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+        sizes = [len(row) for row in rows.values()]
+        numbers = dict(zip(rows, (part.tolist() for part in torch.split(flat, sizes)), strict=True))
+        figures = {
+            "aux_loss": sum(row[0] for row in numbers.values()),
+            "router_entropy": sum(row[1] for row in numbers.values()) / len(numbers),
+            "expert_load_max": max(max(row[2:]) * len(row[2:]) for row in numbers.values()),
+        }
+        for name, (_loss, entropy, *loads) in numbers.items() if per_layer else ():
+            figures[f"router_entropy/{name}"] = entropy
+            figures.update({f"expert_load/{name}/{e}": load for e, load in enumerate(loads)})
+        return figures
+
+    def _row(self, name: str) -> Tensor:
+        """Return one layer's loss, entropy and expert loads, ``(2 + E,)``."""
+        layer = self.layers[name]
+        logits, experts, mask = layer._routed  # type: ignore[misc]
+        mask = None if mask is None else mask.reshape(-1)
+        coefs = self.coefs[name].to(logits.device, logits.dtype)
+        balance = functional.load_balance_loss(logits, experts, token_mask=mask)
+        z = functional.router_z_loss(logits, token_mask=mask)
+        loss = coefs[0] * balance + coefs[1] * z
+        load = layer.expert_load().to(logits.dtype)
+        return torch.cat([torch.stack([loss, _entropy(logits, mask)]), load])
 
 
 class MoELoRACallback(TrainerCallback):
@@ -196,7 +207,7 @@ class MoELoRACallback(TrainerCallback):
         """Add the figures of the last forward pass to a training record."""
         logs = event.get("logs") or {}
         if self.scale is not None and "loss" in logs:
-            figures = self.scale.figures(per_layer=self.per_layer)
+            figures = self.scale.figures(per_layer=self.per_layer, reduce=True)
             logs.update(figures)
             if state.log_history:
                 state.log_history[-1].update(figures)
