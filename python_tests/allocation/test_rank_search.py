@@ -282,7 +282,14 @@ def test_the_nearest_new_point_is_the_nearest():
     taken = {(1, 0), (0, 0), (2, 0), (1, 1)}
     assert space.nearest_new((1, 0), taken) in {(0, 1), (2, 1), (3, 0)}
     assert space.nearest_new((3, 1), taken) == (3, 1)
-    assert SearchSpace({"rank": (2, 4, 8)}).point({"rank": 5.5}) == (1,)  # 4 in log2, not 8
+
+
+def test_ranks_are_coded_by_their_log2():
+    space = SearchSpace({"rank": (2, 4, 8), "keep": (2.0, 4.0, 8.0)})
+    assert space.point({"rank": 5.8, "keep": 5.8}) == (2, 1)
+    rank, keep = (d.distribution() for d in space.dimensions)
+    assert (rank.low, rank.high, rank.log) == (2, 8, True)
+    assert (keep.low, keep.high, keep.log) == (2.0, 8.0, False)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -361,9 +368,17 @@ def test_refuses_a_file_of_something_else(file, tmp_path):
     assert str(error.value).count("\n") <= 3  # SQLAlchemy adds an address of its own
 
 
-def test_leaves_logging_alone(capfd):
-    root = logging.getLogger()
-    before = (root.level, list(root.handlers), optuna.logging.get_verbosity())
+def test_is_quiet_and_leaves_logging_as_it_was(monkeypatch):
+    library, root = logging.getLogger("optuna"), logging.getLogger()
+    records = []
+    listener = logging.Handler()
+    listener.emit = records.append
+    monkeypatch.setattr(library, "handlers", [listener])
+    monkeypatch.setattr(library, "level", logging.INFO)
+    before = (root.level, list(root.handlers))
     RankSearch(valley, n_trials=5).run()
-    assert (root.level, list(root.handlers), optuna.logging.get_verbosity()) == before
-    assert capfd.readouterr() == ("", "")
+    assert not records
+    assert optuna.logging.get_verbosity() == logging.INFO
+    assert (root.level, list(root.handlers)) == before
+    optuna.create_study()
+    assert len(records) == 1  # the user's own studies still speak

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def objective(config, report):
     time.sleep(float(sys.argv[2]))
     return abs(config["rank"] - 23.0)
 
-RankSearch(objective, space=range(1, 65), sampler="tpe", n_trials=8, storage=sys.argv[1]).run(
+RankSearch(objective, space=range(1, 1 + int(sys.argv[4])), sampler="tpe", n_trials=8,
+           storage=sys.argv[1]).run(
     lambda trial: print("end", json.dumps(trial["params"]), flush=True)
 )
 """
@@ -38,13 +40,15 @@ def loss(config, report):
     return abs(config["rank"] - 23.0)
 
 
-def search(path, n_trials=8, objective=loss):
-    return RankSearch(objective, space=range(1, 65), sampler="tpe", n_trials=n_trials, storage=path)
+def search(path, n_trials=8, objective=loss, points=64):
+    space = range(1, 1 + points)
+    return RankSearch(objective, space=space, sampler="tpe", n_trials=n_trials, storage=path)
 
 
-def worker(path, seconds):
+def worker(path, seconds, points=64):
     package = str(Path(floe_kernels.__file__).parent)
-    command = [sys.executable, "-W", "error", "-c", WORKER, str(path), str(seconds), package]
+    arguments = [str(path), str(seconds), package, str(points)]
+    command = [sys.executable, "-W", "error", "-c", WORKER, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -95,7 +99,7 @@ def test_a_killed_search_resumes_with_nothing_lost(file, tmp_path):
 def test_two_processes_share_one_search(file, tmp_path):
     path = tmp_path / file
     others = [worker(path, 0.2), worker(path, 0.2)]
-    output = [process.communicate(timeout=60)[0].splitlines() for process in others]
+    output = [process.communicate(timeout=300)[0].splitlines() for process in others]
     assert [process.returncode for process in others] == [0, 0]
     result = search(path).result()
     assert result.completed == len(result.trials) == 8
@@ -105,24 +109,26 @@ def test_two_processes_share_one_search(file, tmp_path):
     assert all(any(line.startswith("end") for line in lines) for lines in output)
 
 
-def test_a_live_process_is_waited_for_and_replaced_when_it_dies(tmp_path):
+@pytest.mark.parametrize(("points", "stopped"), [(64, "n_trials"), (6, "exhausted")])
+def test_a_live_process_is_waited_for_and_replaced_when_it_dies(points, stopped, tmp_path):
     path = tmp_path / "search.log"
-    other = worker(path, 600)
+    wanted = min(points, 8)
+    other = worker(path, 600, points)
     read_until(other, begun=1)
 
     def objective(config, report):
         if not finished:
-            assert search(path).result().trials[0]["state"] == "running"
+            assert search(path, points=points).result().trials[0]["state"] == "running"
         finished.append(config)
-        if len(finished) == 7:  # all that is left is the other's trial, and it will never end
-            kill(other)
+        if len(finished) == wanted - 1:  # then only the other's trial is left, and it never ends
+            threading.Timer(0.3, kill, [other]).start()
         return loss(config, report)
 
     finished = []
-    result = search(path, objective=objective).run()
-    assert [t["state"] for t in result.trials] == ["failed"] + ["complete"] * 8
+    result = search(path, objective=objective, points=points).run()
+    assert [t["state"] for t in result.trials] == ["failed"] + ["complete"] * wanted
     assert result.trials[0]["reason"] == "its process died"
-    assert len(finished) == 8
+    assert (len(finished), result.stopped) == (wanted, stopped)
 
 
 def test_a_half_written_journal_line_is_cut_off(tmp_path):
