@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 class Placement:
     """The experts of one module.
 
+    Attributes:
+        ranks: Rank of every expert, whole numbers; 0 and an empty tuple are legal.
+        top_k: Experts a token, in 1..E; None = 2, or all E with a shared A.
+
+    Raises:
+        ValueError: A rank is no whole number or negative, or ``top_k`` is out of range.
+
     Example:
         >>> Placement((8, 8, 4), top_k=2).experts
         3
     """
 
-    ranks: tuple[int, ...]  #: rank of every expert; 0 and an empty tuple are legal
-    top_k: int | None = None  #: experts a token; None = 2, or all of them with a shared A
+    ranks: tuple[int, ...]
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ranks, (str, bytes, Mapping)) or not isinstance(self.ranks, Iterable):
