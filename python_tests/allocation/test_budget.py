@@ -48,7 +48,7 @@ def requests(draw):
     return scores, total, draw(st.sampled_from([0.0, 0.5, 1.0, 2.5, 40.0])), lo, hi
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(requests())
 def test_exact_bounded_monotone(request):
     scores, total, beta, lo, hi = request

@@ -94,7 +94,7 @@ def brute_force(scores, costs, budget):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-2, 9), st.integers(1, 9)), min_size=1, max_size=9),
     st.integers(0, 40),
@@ -177,7 +177,7 @@ GRADIENTS = st.integers(2, 7).flatmap(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(GRADIENTS, st.data())
 def test_refinement_never_loses(gradients, data):
     L = len(gradients[0])
