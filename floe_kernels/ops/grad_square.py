@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from floe_kernels import reference
+from floe_kernels.ops.define import define
 
 
-@torch.library.custom_op("floe::segment_grad_square", mutates_args=())
+@define("floe::segment_grad_square")
 def segment_grad_square(
     g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def segment_grad_square(
     return reference.segment_grad_square(g, x, offsets, scale, reduce)
 
 
-@segment_grad_square.register_fake
+@torch.library.register_fake("floe::segment_grad_square")
 def _(
     g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,13 +42,13 @@ def _(
     )
 
 
-@torch.library.custom_op("floe::linear_grad_square", mutates_args=())
+@define("floe::linear_grad_square")
 def linear_grad_square(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     """Serve every device for which no kernel is registered."""
     return reference.linear_grad_square(g, x, offsets, scale)
 
 
-@linear_grad_square.register_fake
+@torch.library.register_fake("floe::linear_grad_square")
 def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     return g.new_empty(offsets.shape[0] - 1, dtype=dtype)
@@ -57,7 +58,7 @@ def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
 # arguments are on
 if find_spec("triton"):
 
-    @segment_grad_square.register_kernel("cuda")
+    @torch.library.register_kernel("floe::segment_grad_square", "cuda")
     def _(
         g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None, reduce: str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +67,7 @@ if find_spec("triton"):
         with torch.cuda.device(x.device):
             return kernels.segment_grad_square(g, x, offsets, scale, reduce)
 
-    @linear_grad_square.register_kernel("cuda")
+    @torch.library.register_kernel("floe::linear_grad_square", "cuda")
     def _(g: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
         from floe_kernels.triton import grad_square as kernels
 

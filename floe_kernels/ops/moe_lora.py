@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from floe_kernels import reference
+from floe_kernels.ops.define import define
 from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, adapter, wide_dtype
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # out, z, experts, gates, logits
 
 
-@torch.library.custom_op("floe::moe_lora_linear", mutates_args=())
+@define("floe::moe_lora_linear")
 def moe_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -60,7 +61,7 @@ def moe_lora_linear(
     return out, *rest  # type: ignore[return-value]
 
 
-@torch.library.custom_op("floe::moe_lora", mutates_args=())
+@define("floe::moe_lora")
 def moe_lora(
     x: Tensor,
     base_out: Tensor,
@@ -92,9 +93,9 @@ def moe_lora(
     return out, *rest  # type: ignore[return-value]
 
 
-@torch.library.custom_op(
+@define(
     "floe::moe_lora_backward",
-    mutates_args=("fisher_A", "fisher_B", "fisher_router", "fisher_gate"),
+    mutates=("fisher_A", "fisher_B", "fisher_router", "fisher_gate"),
 )
 def moe_lora_backward(
     grad_out: Tensor,
@@ -151,21 +152,21 @@ def _saved_like(
     )
 
 
-@moe_lora_linear.register_fake
+@torch.library.register_fake("floe::moe_lora_linear")
 def _(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
       scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
     out = x.new_empty(x.shape[0], weight.shape[0])
     return out, *_saved_like(x, lora_A, router_weight, top_k)
 
 
-@moe_lora.register_fake
+@torch.library.register_fake("floe::moe_lora")
 def _(x: Tensor, base_out: Tensor, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
       scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
     out = base_out.new_empty(base_out.shape)
     return out, *_saved_like(x, lora_A, router_weight, top_k)
 
 
-@moe_lora_backward.register_fake
+@torch.library.register_fake("floe::moe_lora_backward")
 def _(grad_out: Tensor, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor,
       router_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needs = rest[12]
@@ -177,21 +178,21 @@ def _(grad_out: Tensor, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor,
 # arguments are on
 if find_spec("triton"):
 
-    @moe_lora_linear.register_kernel("cuda")
+    @torch.library.register_kernel("floe::moe_lora_linear", "cuda")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Forward:
         from floe_kernels.triton import moe_lora_forward as kernels
 
         with torch.cuda.device(x.device):
             return kernels.moe_lora_linear(x, weight, bias, *rest[:11])
 
-    @moe_lora.register_kernel("cuda")
+    @torch.library.register_kernel("floe::moe_lora", "cuda")
     def _(x: Tensor, base_out: Tensor, *rest: Any) -> Forward:
         from floe_kernels.triton import moe_lora_forward as kernels
 
         with torch.cuda.device(x.device):
             return kernels.moe_lora(x, base_out, *rest[:11])
 
-    @moe_lora_backward.register_kernel("cuda")
+    @torch.library.register_kernel("floe::moe_lora_backward", "cuda")
     def _(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from floe_kernels.triton import moe_lora_backward as kernels
 
@@ -213,11 +214,30 @@ def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]
             )
         ctx.counted = True
     needs = [ctx.needs_input_grad[i] for i in ctx.positions]
-    grads = torch.ops.floe.moe_lora_backward(
-        grad_out, x, weight if has_base else None, lora_A, lora_B, router_weight, *rest[:5],
-        *ctx.config[:3], rest[5], ctx.config[3], rest[6], rest[7], needs, *ctx.fisher,
-    )  # fmt: skip
+    with torch.no_grad():
+        grads = moe_lora_backward(
+            grad_out, x, weight if has_base else None, lora_A, lora_B, router_weight, *rest[:5],
+            *ctx.config[:3], rest[5], ctx.config[3], rest[6], rest[7], needs, *ctx.fisher,
+        )  # fmt: skip
+    if torch.is_grad_enabled():  # create_graph=True
+        operands = (grad_out, x, lora_A, lora_B, router_weight)
+        grads = _DifferentiatedOnce.apply(*grads, *operands)  # type: ignore[no-untyped-call]
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Passes gradients through; a gradient of theirs raises instead of leaving this layer out."""
+
+    @staticmethod
+    def forward(_ctx: Any, *grads_and_operands: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in grads_and_operands[:4])
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "floe::moe_lora_backward has no autograd formula: for second derivatives use "
+            "floe_kernels.reference.moe_lora"
+        )
 
 
 def _setup(ctx: Any, x: Tensor, weight: Tensor | None, shared: Any, outputs: Forward) -> None:
@@ -261,5 +281,7 @@ def _backward_foreign(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tenso
     return dx, grad_out, dA, dB, drouter, *(None,) * 15
 
 
-moe_lora_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
-moe_lora.register_autograd(_backward_foreign, setup_context=_setup_foreign)
+torch.library.register_autograd(
+    "floe::moe_lora_linear", _backward_linear, setup_context=_setup_linear
+)
+torch.library.register_autograd("floe::moe_lora", _backward_foreign, setup_context=_setup_foreign)

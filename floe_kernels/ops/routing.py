@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from floe_kernels import reference
+from floe_kernels.ops.define import define
 
 
-@torch.library.custom_op("floe::topk_softmax", mutates_args=())
+@define("floe::topk_softmax")
 def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Serve every device for which no kernel is registered."""
     return reference.topk_softmax(logits, k, renormalize)
 
 
-@topk_softmax.register_fake
+@torch.library.register_fake("floe::topk_softmax")
 def _(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     n = logits.shape[0]
     return logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
@@ -32,7 +33,7 @@ def _(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
 
 if find_spec("triton"):
 
-    @topk_softmax.register_kernel("cuda")
+    @torch.library.register_kernel("floe::topk_softmax", "cuda")
     def _(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         from floe_kernels.triton import routing  # loads Triton on the first call, not on import
 
@@ -59,4 +60,4 @@ def _backward(ctx: Any, grad_gates: Tensor, _grad_experts: None) -> tuple[Tensor
     return grad.scatter_add(1, experts, weighted), None, None
 
 
-topk_softmax.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("floe::topk_softmax", _backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ def no_device_to_choose(monkeypatch):
 
 def on_cuda(op, *args):
     """Call what the dispatcher would for CUDA tensors."""
-    return op._backend_fns["cuda"](*args)
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
 
 
 def randn(*shape):
