@@ -171,7 +171,7 @@ def measure(run: Run, group: Group, peers: list[str]) -> None:
             sys.executable, "-m", "benchmarks.run", "--op", group.op, "--mode", group.mode,
             "--device", run.device, "--cases", ",".join(pending), "--out", str(run.results),
             "--seconds", "1" if run.dry else "6", "--epochs", "1" if run.dry else "2",
-            "--until", str(run.end), *[f"--peer-path={p}" for p in peers], *group.more,
+            "--together", "--until", str(run.end), *[f"--peer-path={p}" for p in peers],
         ]  # fmt: skip
         code = run.command(f"{group.op} {group.mode}", command, run.end - time.time())
         done = done_cases(run.results, group)

@@ -29,115 +29,99 @@ def input_sets(op: Operation, case: Any, device: str, seed: int) -> list[Any]:
     return [first, *(op.inputs(case, device, seed + i) for i in range(1, count))]
 
 
-def measure(
-    op: Operation,
-    case: Any,
-    mode: str,
-    providers: list[Provider],
-    device: str,
-    seconds: float = 15.0,
-    epochs: int = 3,
-    rounds: tuple[int, int] = (5, 60),
-) -> list[dict[str, Any]]:
-    """Return one record for every provider; see ``records.py`` for what a line means."""
-    checker = Checker(op, case, device)
-    verdicts = {p.name: checker.verdict(p) for p in providers}
-    checked = checker.tokens
-    del checker  # its float64 tensors are large
-    right = [p for p in providers if verdicts[p.name].status == "ok"]
-    samples: dict[str, list[Sample]] = {p.name: [] for p in right}
-    extras: dict[str, dict[str, Any]] = {p.name: {} for p in right}
-    for epoch in range(epochs):
-        sets = input_sets(op, case, device, seed=1000 * epoch)
+class Measurement:
+    """One case in one mode: checked at once, then timed epoch by epoch."""
+
+    def __init__(
+        self, op: Operation, case: Any, mode: str, providers: list[Provider], device: str
+    ) -> None:
+        self.op, self.case, self.mode, self.device = op, case, mode, device
+        self.providers = providers
+        checker = Checker(op, case, device)
+        self.checked = checker.tokens
+        self.verdicts = {p.name: checker.verdict(p) for p in providers}
+        self.samples: dict[str, list[Sample]] = {}
+        self.extras: dict[str, dict[str, Any]] = {}
+
+    def right(self) -> list[Provider]:
+        """Return the providers that are right, and have not failed since."""
+        return [p for p in self.providers if self.verdicts[p.name].status == "ok"]
+
+    def time(self, epoch: int, seconds: float, rounds: tuple[int, int] = (5, 60)) -> None:
+        """Draw inputs, build every right provider on them, and time these in turn."""
+        sets = input_sets(self.op, self.case, self.device, seed=1000 * epoch)
         steps: dict[str, list[Step]] = {}
-        for p in right:
-            if verdicts[p.name].status == "ok":
-                try:
-                    steps[p.name] = [p.build(inputs).bind(mode) for inputs in sets]
-                    if epoch == 0:
-                        extras[p.name] = memory.extras(steps[p.name][0], device)
-                except Exception as error:
-                    steps.pop(p.name, None)
-                    verdicts[p.name] = Verdict("failed", one_line(error))
-        timed = interleave(steps, mode, device, seconds / epochs, rounds, seed=epoch)
+        for p in self.right():
+            try:
+                steps[p.name] = [p.build(inputs).bind(self.mode) for inputs in sets]
+                if p.name not in self.extras:
+                    self.extras[p.name] = memory.extras(steps[p.name][0], self.device)
+            except Exception as error:  # one that was right may not fit twice in memory
+                steps.pop(p.name, None)
+                self.samples.pop(p.name, None)
+                self.verdicts[p.name] = Verdict("failed", one_line(error))
+        timed = interleave(steps, self.mode, self.device, seconds, rounds, epoch)
         for name, row in timed.items():
-            samples[name] += row
-        del steps, sets, timed
-        if device == "cuda":
+            self.samples[name] = self.samples.get(name, []) + row
+        del steps, sets
+        if self.device == "cuda":
             torch.cuda.empty_cache()
-    samples = {n: s for n, s in samples.items() if verdicts[n].status == "ok"}
-    return [
-        record(op, case, mode, p, verdicts[p.name], samples, extras, providers, checked, device)
-        for p in providers
-    ]
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return one record for every provider; see ``records.py`` for what a line means."""
+        return [self.record(p) for p in self.providers]
 
-def best_peer(
-    samples: dict[str, list[Sample]],
-    providers: list[Provider],
-    base: list[Sample],
-    graphed: bool = False,
-) -> str | None:
-    """Return the fastest right peer; a graph is a peer of graphs alone."""
-    peers = [
-        p.name
-        for p in providers
-        if p.role == "peer" and p.name in samples and (graphed or not p.graphed)
-    ]
-    return min(peers, key=lambda n: ratio(samples[n], base).median, default=None)
+    def best_peer(self, base: list[Sample], graphed: bool) -> str | None:
+        """Return the fastest right peer; a graph is a peer of graphs alone."""
+        peers = [
+            p.name
+            for p in self.providers
+            if p.role == "peer" and p.name in self.samples and (graphed or not p.graphed)
+        ]
+        return min(peers, key=lambda n: ratio(self.samples[n], base).median, default=None)
 
-
-def record(
-    op: Operation,
-    case: Any,
-    mode: str,
-    provider: Provider,
-    verdict: Verdict,
-    samples: dict[str, list[Sample]],
-    extras: dict[str, dict[str, Any]],
-    providers: list[Provider],
-    checked: int,
-    device: str,
-) -> dict[str, Any]:
-    """Put together one provider's line."""
-    line: dict[str, Any] = {
-        "op": op.name,
-        "mode": mode,
-        "case": describe(case),
-        "provider": provider.name,
-        "role": provider.role,
-        "origin": provider.origin,
-        "status": verdict.status,
-        "why": verdict.why,
-        "error": verdict.error,
-        "errors": verdict.errors,
-        "allowed": verdict.allowed,
-        "checked_tokens": checked,
-    }
-    bases = [p for p in providers if p.role == "base" and p.name in samples]
-    # a graph has no launches to pay for, so its floor is the graphed base
-    base = next((p.name for p in bases if p.graphed == provider.graphed), None)
-    if provider.name not in samples or base not in samples:
+    def record(self, provider: Provider) -> dict[str, Any]:
+        """Put together one provider's line."""
+        verdict, samples = self.verdicts[provider.name], self.samples
+        line: dict[str, Any] = {
+            "op": self.op.name,
+            "mode": self.mode,
+            "case": describe(self.case),
+            "provider": provider.name,
+            "role": provider.role,
+            "origin": provider.origin,
+            "status": verdict.status,
+            "why": verdict.why,
+            "error": verdict.error,
+            "errors": verdict.errors,
+            "allowed": verdict.allowed,
+            "checked_tokens": self.checked,
+        }
+        bases = [p for p in self.providers if p.role == "base" and p.name in samples]
+        # a graph has no launches to pay for, so its floor is the graphed base
+        base = next((p.name for p in bases if p.graphed == provider.graphed), None)
+        if provider.name not in samples or base not in samples:
+            return line
+        mine, floor = samples[provider.name], samples[base]
+        seconds = seconds_spread(mine)
+        flops, moved = self.op.cost(self.case, self.mode)
+        line |= {
+            "ms": rounded(Spread(*(1e3 * s for s in seconds))),
+            "rounds": len(mine),
+            "quiet_rounds": sum(s.quiet for s in mine),
+            "epochs": len({s.epoch for s in mine}),
+            "over_base": rounded(ratio(mine, floor)),
+            **self.extras[provider.name],
+        }
+        peer = self.best_peer(floor, provider.graphed)
+        if provider.role == "ours" and peer:
+            line["best_peer"] = peer
+            overhead = overhead_ratio(mine, samples[peer], floor)
+            line["overhead_over_best_peer"] = rounded(overhead) if overhead else None
+            line["over_best_peer"] = rounded(ratio(mine, samples[peer]))
+        if provider.role != "base":
+            line |= roofline.achieved(flops, moved, seconds.median, self.case.dtype, self.device)
         return line
-    mine, floor = samples[provider.name], samples[base]
-    seconds = seconds_spread(mine)
-    flops, moved = op.cost(case, mode)
-    line |= {
-        "ms": rounded(Spread(*(1e3 * s for s in seconds))),
-        "rounds": len(mine),
-        "quiet_rounds": sum(s.quiet for s in mine),
-        "over_base": rounded(ratio(mine, floor)),
-        **extras[provider.name],
-    }
-    peer = best_peer(samples, providers, floor, provider.graphed)
-    if provider.role == "ours" and peer:
-        line["best_peer"] = peer
-        overhead = overhead_ratio(mine, samples[peer], floor)
-        line["overhead_over_best_peer"] = rounded(overhead) if overhead else None
-        line["over_best_peer"] = rounded(ratio(mine, samples[peer]))
-    if provider.role != "base":
-        line |= roofline.achieved(flops, moved, seconds.median, case.dtype, device)
-    return line
 
 
 def rounded(value: Spread) -> list[float]:

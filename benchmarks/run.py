@@ -4,13 +4,14 @@ import argparse
 import fnmatch
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import records, registry, report
-from benchmarks.measure import measure
+from benchmarks.measure import Measurement
 
 #: What a quick run measures: about five minutes on two cores, compilation included.
 QUICK = {
@@ -38,7 +39,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=3, help="times to draw and allocate everything anew")
     add("--rounds", type=int, default=60, help="most rounds in an epoch")
     add("--peer-path", action="append", default=[], help="folder of a peer's own copy")
-    add("--until", type=float, help="start no case that would not end by then (Unix time)")
+    add("--together", action="store_true", help="finish each case before the next begins")
+    add(
+        "--until",
+        type=float,
+        help="with --together: start no case that would end later (Unix time)",
+    )
     add("--out", type=Path, help="results file to add to, JSON lines")
     return parser.parse_args(argv)
 
@@ -63,6 +69,47 @@ def show(operations: dict[str, registry.Operation]) -> None:
             print(f"    {p.name} ({p.role}; {p.origin}; {', '.join(p.devices)})")
 
 
+def begin(op: registry.Operation, case: Any, options: argparse.Namespace) -> Measurement:
+    providers = op.choose(options.providers, options.device)
+    return Measurement(op, case, options.mode, providers, options.device)
+
+
+def time_once(this: Measurement, epoch: int, options: argparse.Namespace) -> None:
+    this.time(epoch, options.seconds / options.epochs, (5, options.rounds))
+
+
+def in_passes(chosen: list[Any], options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Go through all cases once an epoch, so that a case's epochs lie minutes apart."""
+    started = []
+    for epoch in range(options.epochs):
+        for place, (op, case) in enumerate(chosen):
+            start = time.perf_counter()
+            if epoch == 0:
+                started.append(begin(op, case, options))
+            time_once(started[place], epoch, options)
+            spent = time.perf_counter() - start
+            print(
+                f"[{epoch + 1}/{options.epochs}] {op.name} {case.name}: {spent:.0f} s", flush=True
+            )
+            if epoch + 1 == options.epochs:
+                yield started[place].lines()
+
+
+def case_by_case(chosen: list[Any], options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Finish each case before the next, and start none that would not end in time."""
+    longest = 0.0
+    for op, case in chosen:
+        if options.until and time.time() + longest > options.until:
+            print(f"no time left for {case.name}")
+            return
+        start = time.perf_counter()
+        this = begin(op, case, options)
+        for epoch in range(options.epochs):
+            time_once(this, epoch, options)
+        longest = max(longest, time.perf_counter() - start)
+        yield this.lines()
+
+
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     sys.path += options.peer_path
@@ -75,27 +122,19 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         options.op, options.cases, options.seconds, options.epochs = "all", "quick", 6.0, 3
     names = list(operations) if options.op == "all" else options.op.split(",")
-    everything, longest = [], 0.0
-    for op in (operations[name] for name in names):
-        if options.mode not in op.modes:
-            continue
-        providers = op.choose(options.providers, options.device)
-        for case in select(op, options.cases):
-            if options.until and time.time() + longest > options.until:
-                print(f"no time left for {case.name}")
-                break
-            start = time.perf_counter()
-            lines = measure(
-                op, case, options.mode, providers, options.device, options.seconds,
-                options.epochs, (5, options.rounds),
-            )  # fmt: skip
-            lines = [records.complete(line, options.device) for line in lines]
-            everything += lines
-            print(report.case_table(lines))
-            longest = max(longest, time.perf_counter() - start)
-            print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
-            if options.out:
-                records.append(options.out, lines)
+    chosen = [
+        (op, case)
+        for op in (operations[name] for name in names)
+        if options.mode in op.modes
+        for case in select(op, options.cases)
+    ]
+    everything: list[dict[str, Any]] = []
+    for lines in case_by_case(chosen, options) if options.together else in_passes(chosen, options):
+        lines = [records.complete(line, options.device) for line in lines]
+        print(report.case_table(lines), flush=True)
+        if options.out:
+            records.append(options.out, lines)
+        everything += lines
     if not everything:
         raise SystemExit(f"no case of {', '.join(names)} is called or tagged {options.cases!r}")
     if options.quick and options.device == "cpu":

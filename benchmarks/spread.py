@@ -1,16 +1,17 @@
 """Ratios of interleaved samples, and the spread that is stated with each.
 
-The spread of a ratio is the 20 % and 80 % quantile of the ratios within single rounds, pooled over
-epochs. An epoch draws and allocates everything anew, so what changes from one process to the next
-(addresses, page placement, a neighbour's load) is sampled too, as far as one process can.
+An epoch draws and allocates everything anew, and a run comes back to a case minutes later, so what
+changes from one process or one minute to the next (addresses, page placement, a neighbour's load)
+is sampled too. The spread of a ratio runs from the 20 % to the 80 % quantile of the ratios within
+single rounds, widened where needed to hold the median of every epoch.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.timing import Sample
+from benchmarks.timing import DISTURBED, Sample
 
-#: Quiet rounds below which the disturbed ones count too.
+#: Rounds below which the calmest half of all counts instead of the quiet ones.
 FEWEST = 5
 #: Share of the base's time below which an overhead is not told from noise.
 LEAST_OVERHEAD = 0.01
@@ -43,25 +44,38 @@ def spread(numbers: Sequence[float]) -> Spread:
     return Spread(quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8))
 
 
-def quiet(*rows: Sequence[Sample]) -> list[tuple[float, ...]]:
-    """Return the seconds, round by round, of the rounds in which no row was disturbed.
+def calm(*rows: Sequence[Sample]) -> list[tuple[Sample, ...]]:
+    """Return the rounds in which no row was disturbed; the calmest half, if those are fewer."""
+    rounds = sorted(zip(*rows, strict=True), key=disturbance)
+    undisturbed = sum(disturbance(r) <= DISTURBED for r in rounds)
+    return rounds[: max(undisturbed, -(-len(rounds) // 2), min(FEWEST, len(rounds)))]
 
-    Of all rounds, where fewer than :data:`FEWEST` were quiet.
-    """
-    rounds = list(zip(*rows, strict=True))
-    calm = [r for r in rounds if all(s.quiet for s in r)]
-    kept = calm if len(calm) >= FEWEST else rounds
-    return [tuple(s.seconds for s in r) for r in kept]
+
+def disturbance(samples: Sequence[Sample]) -> float:
+    """Return the largest share of waiting among a round's samples."""
+    return max(s.waited for s in samples)
+
+
+def over_epochs(numbers: Sequence[float], epochs: Sequence[int]) -> Spread:
+    """Return the median and quantiles of all, widened to hold every epoch's median."""
+    everything = spread(numbers)
+    medians = [
+        spread([n for n, e in zip(numbers, epochs, strict=True) if e == epoch]).median
+        for epoch in set(epochs)
+    ]
+    low, high = min(everything.low, *medians), max(everything.high, *medians)
+    return Spread(everything.median, low, high)
 
 
 def seconds(row: Sequence[Sample]) -> Spread:
-    """Return the spread of one provider's own times."""
-    return spread([s for (s,) in quiet(row)])
+    """Return the spread of one provider's own times: median and 20 % and 80 % quantiles."""
+    return spread([s.seconds for (s,) in calm(row)])
 
 
 def ratio(numerator: Sequence[Sample], denominator: Sequence[Sample]) -> Spread:
     """Return the spread of the ratios round by round."""
-    return spread([a / b for a, b in quiet(numerator, denominator)])
+    rounds = calm(numerator, denominator)
+    return over_epochs([a.seconds / b.seconds for a, b in rounds], [a.epoch for a, _ in rounds])
 
 
 def overhead_ratio(
@@ -69,13 +83,14 @@ def overhead_ratio(
 ) -> Spread | None:
     """Return (ours - base) / (peer - base), or None where the peer's overhead is lost in noise.
 
-    The median is the ratio of the two median overheads; the quantiles are those of the rounds.
+    The median is the ratio of the two median overheads; the spread is that of the rounds' ratios.
     """
-    rounds = quiet(ours, peer, base)
-    mine = [a / c - 1 for a, _, c in rounds]
-    theirs = [b / c - 1 for _, b, c in rounds]
-    if quantile(sorted(theirs), 0.2) < LEAST_OVERHEAD:
+    rounds = calm(ours, peer, base)
+    mine = [a.seconds / c.seconds - 1 for a, _, c in rounds]
+    theirs = [b.seconds / c.seconds - 1 for _, b, c in rounds]
+    if spread(theirs).low < LEAST_OVERHEAD:
         return None
-    within = spread([a / b for a, b in zip(mine, theirs, strict=True) if b > 0])
-    middle = quantile(sorted(mine), 0.5) / quantile(sorted(theirs), 0.5)
+    kept = [(m / t, r[0].epoch) for m, t, r in zip(mine, theirs, rounds, strict=True) if t > 0]
+    within = over_epochs([q for q, _ in kept], [e for _, e in kept])
+    middle = spread(mine).median / spread(theirs).median
     return Spread(middle, min(within.low, middle), max(within.high, middle))

@@ -34,7 +34,13 @@ class Sample(NamedTuple):
     """One provider's time in one round."""
 
     seconds: float  #: a call
-    quiet: bool  #: whether the machine left us alone
+    waited: float  #: share of that time for which threads of ours waited for a core
+    epoch: int = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the machine left us alone."""
+        return self.waited <= DISTURBED
 
 
 def waited() -> float:
@@ -102,7 +108,7 @@ def interleave(
     device: str,
     seconds: float,
     rounds: tuple[int, int] = (5, 60),
-    seed: int = 0,
+    epoch: int = 0,
 ) -> dict[str, list[Sample]]:
     """Return samples of every provider, one a round.
 
@@ -113,9 +119,9 @@ def interleave(
         seconds: Stop after the round in which so much time has passed, if enough rounds were quiet;
             after :data:`PATIENCE` times so much, as soon as there are enough rounds at all.
         rounds: Fewest and most rounds.
-        seed: Of the order within rounds.
+        epoch: Which this is; decides the order within rounds.
     """
-    clock, order = Clock(device), random.Random(seed)
+    clock, order = Clock(device), random.Random(epoch)
     block = {}
     for name, sets in steps.items():
         clock.time(sets[:2], mode)  # loads, compiles, fills caches of plans
@@ -139,7 +145,7 @@ def interleave(
                     if time.perf_counter() - start > PATIENCE * seconds:
                         break
                 best = min(tries, key=lambda t: t[1])
-                samples[name].append(Sample(best[0], best[1] <= DISTURBED))
+                samples[name].append(Sample(*best, epoch))
             quiet_rounds += all(rows[-1].quiet for rows in samples.values())
             spent = time.perf_counter() - start
             enough = seconds if quiet_rounds >= rounds[0] else PATIENCE * seconds

@@ -92,3 +92,29 @@ def test_device_checks_catch_a_kernel_that_wanders(operations, monkeypatch, caps
     monkeypatch.setitem(op.providers, "ours", dataclasses.replace(right, build=build))
     assert gpu_checks.main(["--device", "cpu", "--small", "--only", "repeats"]) == 1
     assert "FAILED  repeats" in capsys.readouterr().out
+
+
+def test_passes_and_cases_in_turn_measure_the_same(operations, monkeypatch):
+    told = []
+
+    class Fake:
+        def __init__(self, op, case, *rest):
+            self.name = case.name
+
+        def time(self, epoch, *rest):
+            told.append((self.name, epoch))
+
+        def lines(self):
+            return [self.name]
+
+    monkeypatch.setattr(run, "Measurement", Fake)
+    op = operations["moe_lora"]
+    chosen = [(op, case) for case in run.select(op, "T1-bf16,T8-bf16")]
+    options = run.arguments(["--epochs", "2"])
+    assert list(run.in_passes(chosen, options)) == [["T1-bf16"], ["T8-bf16"]]
+    assert told == [("T1-bf16", 0), ("T8-bf16", 0), ("T1-bf16", 1), ("T8-bf16", 1)]
+    told.clear()
+    assert list(run.case_by_case(chosen, options)) == [["T1-bf16"], ["T8-bf16"]]
+    assert told == [("T1-bf16", 0), ("T1-bf16", 1), ("T8-bf16", 0), ("T8-bf16", 1)]
+    late = run.arguments(["--until", "1"])
+    assert list(run.case_by_case(chosen, late)) == []

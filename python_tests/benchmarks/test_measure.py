@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import compare, records, report, roofline, timing
 from benchmarks import measure as measuring
-from benchmarks.measure import measure
+from benchmarks.measure import Measurement
 from benchmarks.memory import saved_bytes
 from benchmarks.registry import AutogradStep, Unavailable
 
@@ -22,9 +22,11 @@ def quick(monkeypatch):
     monkeypatch.setattr(roofline, "peak_bandwidth", lambda device: 1e10)
 
 
-def run(moe_lora, case, providers):
-    lines = measure(moe_lora, case, "fwdbwd", providers, "cpu", 0.05, 2, (4, 6))
-    return [records.complete(line, "cpu") for line in lines]
+def run(moe_lora, case, providers, mode="fwdbwd"):
+    this = Measurement(moe_lora, case, mode, providers, "cpu")
+    for epoch in range(2):
+        this.time(epoch, 0.02, (4, 6))
+    return [records.complete(line, "cpu") for line in this.lines()]
 
 
 def with_ours(providers, change):
@@ -151,7 +153,7 @@ def test_saved_bytes_count_a_storage_once():
 
 def test_modes_time_different_things(moe_lora, tiny, providers):
     lines = {
-        mode: by_provider(measure(moe_lora, tiny, mode, providers[:2], "cpu", 0.1, 1, (4, 6)))
+        mode: by_provider(run(moe_lora, tiny, providers[:2], mode))
         for mode in ("fwd", "bwd", "fwdbwd")
     }
     assert all(line["ours"]["ms"][0] > 0 for line in lines.values())

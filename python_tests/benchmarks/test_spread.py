@@ -9,8 +9,8 @@ from benchmarks.spread import Spread, overhead_ratio, quantile, ratio, seconds
 from benchmarks.timing import Sample
 
 
-def row(values, quiet=True):
-    return [Sample(v, quiet) for v in values]
+def row(values, quiet=True, epoch=0):
+    return [Sample(v, 0.0 if quiet else 0.5, epoch) for v in values]
 
 
 def test_quantiles_interpolate():
@@ -32,9 +32,16 @@ def test_disturbed_rounds_do_not_count():
     assert ratio(mine, base) == (2.0, 2.0, 2.0)
 
 
-def test_where_few_rounds_were_quiet_all_count():
-    mine = row([2.0] * 4) + row([50.0] * 4, quiet=False)
-    assert ratio(mine, row([1.0] * 8)).high == 50.0
+def test_where_few_rounds_were_quiet_the_calmest_half_counts():
+    mine = [Sample(float(i), 0.1 * i) for i in range(1, 13)]
+    assert ratio(mine, row([1.0] * 12)).high <= 6.0
+    few = [Sample(1.0, 0.0), *row([50.0] * 3, quiet=False)]
+    assert ratio(few, row([1.0] * 4)).high == 50.0  # too few to leave any out
+
+
+def test_the_spread_holds_the_median_of_every_epoch():
+    mine = row([1.0] * 30) + row([2.0] * 3, epoch=1)
+    assert ratio(mine, row([1.0] * 33)) == (1.0, 1.0, 2.0)
 
 
 def test_overheads():
