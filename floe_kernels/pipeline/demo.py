@@ -30,14 +30,15 @@ PROBED = 4  # samples of a forward pass that measures threads
 MEASURED_STEPS = 3
 MEASURED_RANK = 8
 MOST_STEPS, LEAST_STEPS = 80, 8
-SLACK = 1.3  # a phase may be so much slower than was counted on before plans change
 
 # In units of a training step with rank 8 on all layers of the model that comes along:
 SPARSE = 0.75  # a step on a quarter of them; 0.70 with layer 0 among them, 0.5 without
 SEARCHED = 1.15  # a step of a trial, the mean over ranks 2 to 32
 FORWARD = 0.3  # a forward pass
+SCORED = 1.6  # a step that scores
 SHARES = {"search": 0.2, "score": 0.1}  # of the time, at most
 
+CHOSEN = ("batch_size", "search_steps", "score_samples", "steps")
 DEFAULTS: dict[str, Any] = {
     "data": STDLIB,
     "length": 128,
@@ -82,14 +83,16 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
     progress.say(run.state["pace"]["words"])
     _take(bench)
 
-    rank, took = clock.timed(lambda: find_rank(bench))
+    rank = find_rank(bench)
     if "score" not in run.state:
-        _slow_down(bench, took / max(1.0, _searching(bench.options)), clock.left(3 * evaluation))
-    _, took = clock.timed(lambda: bench.scores(rank))
-    if "trained" not in run.state:
-        size = bench.options.batch_size
-        batches = math.ceil(bench.options.score_samples / size)
-        _slow_down(bench, took / batches, clock.left(3 * evaluation))
+        left = clock.left(3 * evaluation)
+        _change(bench, score_samples=_scorable(bench.options, left, _step_seconds(bench, rank)))
+    bench.scores(rank)
+    if not run.state["pace"].get("final"):  # a training that has begun keeps its schedule
+        left = clock.left(3 * evaluation)
+        _change(bench, steps=_trainable(options, left, _step_seconds(bench, rank)))
+        run.finish("pace", {**run.state["pace"], "final": True})
+    progress.say(f"{bench.options.steps} steps a training")
 
     rest = LAST_S - clock.passed() - 3 * evaluation
     ends = {ALL: rest / (1 + 2 * SPARSE), FLOE: rest * (1 + SPARSE) / (1 + 2 * SPARSE)}
@@ -162,7 +165,7 @@ def share_out(options: Options, left: float, seconds: float) -> dict[str, Any]:
 
     Example:
         >>> share_out(Options(**DEFAULTS), left=400, seconds=3.0)["options"]
-        {'batch_size': 8, 'search_steps': 5, 'score_samples': 64, 'steps': 39}
+        {'batch_size': 8, 'search_steps': 5, 'score_samples': 64, 'steps': 38}
         >>> share_out(Options(**DEFAULTS), left=400, seconds=60.0)["options"]
         {'batch_size': 1, 'search_steps': 1, 'score_samples': 5, 'steps': 9}
     """
@@ -170,31 +173,19 @@ def share_out(options: Options, left: float, seconds: float) -> dict[str, Any]:
     rest = 1 - sum(SHARES.values())
     while size > 1 and affordable(rest * left, seconds) < LEAST_STEPS:
         size, seconds = size // 2, seconds / 2
-    chosen: dict[str, Any] = {
-        "batch_size": size,
-        "search_steps": 1,
-        "score_samples": size,
-        "steps": 1,
-    }
-    whole = options.rank == 0
-    search_steps = options.search_steps
-    while search_steps > 1 and whole:
-        tried = replace(options, batch_size=size, search_steps=search_steps)
-        if _searching(tried) * seconds <= SHARES["search"] * left:
-            break
-        search_steps -= 1
-    chosen["search_steps"] = search_steps
-    spent = _searching(replace(options, **chosen)) * seconds
-    batches = max(1, min(options.score_samples // size, int(SHARES["score"] * left / seconds)))
-    chosen["score_samples"] = min(options.score_samples, batches * size)
-    most = min(options.steps or MOST_STEPS, MOST_STEPS)
-    chosen["steps"] = min(most, affordable(left - spent - batches * seconds, seconds))
+    tried = replace(options, batch_size=size)
+    while tried.search_steps > 1 and _searching(tried) * seconds > SHARES["search"] * left:
+        tried = replace(tried, search_steps=tried.search_steps - 1)
+    tried = replace(tried, score_samples=_scorable(tried, left, seconds))
+    spent = _searching(tried) + SCORED * math.ceil(tried.score_samples / size)
+    tried = replace(tried, steps=_trainable(options, left - spent * seconds, seconds))
     words = (
         f"a step of {size} x {options.length} tokens with all layers takes {seconds:.1f} s here, "
-        f"so a training makes {chosen['steps']} steps, to end after about {AIM_S / 60:.0f} minutes"
+        f"which allows about {tried.steps} steps a training in {AIM_S / 60:.0f} minutes"
     )
     if size < options.batch_size:
         words += f"; this machine is slow: {size} samples a step instead of {options.batch_size}"
+    chosen = {name: getattr(tried, name) for name in CHOSEN}
     return {"options": chosen, "seconds": seconds, "words": words}
 
 
@@ -234,23 +225,33 @@ def _choose_threads(bench: Workbench) -> None:
         bench.run.finish("machine", machine)
 
 
+def _trainable(options: Options, left: float, seconds: float) -> int:
+    """Return the steps of a training: what time, request and data allow."""
+    return min(options.steps or MOST_STEPS, MOST_STEPS, affordable(left, seconds))
+
+
+def _scorable(options: Options, left: float, seconds: float) -> int:
+    """Return the samples that can score the layers in their share of the time."""
+    batches = max(1, int(SHARES["score"] * left / (SCORED * seconds)))
+    return min(options.score_samples, batches * options.batch_size)
+
+
+def _step_seconds(bench: Workbench, rank: int) -> float:
+    """Return the seconds of a step with all layers: of the trial with this rank, or as measured."""
+    options = bench.options
+    judging = 2 * FORWARD * math.ceil(judges_of(options) / options.batch_size)
+    trials = [t for t in bench.run.history.of("trial", rank=rank) if t.get("duration")]
+    if not trials:
+        return float(bench.run.state["pace"]["seconds"])
+    return float(trials[-1]["duration"]) / (options.search_steps + judging)
+
+
 def _take(bench: Workbench) -> None:
     bench.options = replace(bench.options, **bench.run.state["pace"]["options"])
 
 
-def _slow_down(bench: Workbench, seconds: float, left: float) -> None:
-    """Do less if a step takes ``seconds`` now, and that is much more than was counted on."""
+def _change(bench: Workbench, **options: int) -> None:
+    """Reconsider what was chosen, for this run and for one that resumes it."""
     pace = bench.run.state["pace"]
-    if seconds <= SLACK * pace["seconds"]:
-        return
-    options, size = dict(pace["options"]), pace["options"]["batch_size"]
-    if "score" not in bench.run.state:
-        batches = max(1, int(SHARES["score"] * left / seconds))
-        options["score_samples"] = min(options["score_samples"], batches * size)
-        left -= batches * seconds
-    options["steps"] = min(options["steps"], affordable(left, seconds))
-    bench.progress.say(
-        f"a step takes {seconds:.1f} s now, so a training makes {options['steps']} steps"
-    )
-    bench.run.finish("pace", {**pace, "options": options, "seconds": seconds})
+    bench.run.finish("pace", {**pace, "options": {**pace["options"], **options}})
     _take(bench)

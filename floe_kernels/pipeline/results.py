@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 HEADINGS = (
-    "", "held-out loss", "gain kept", "trainable parameters", "s a step", "peak memory",
+    "", "held-out loss", "gain kept", "trainable parameters", "s a step", "peak MiB",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
             "-" if self.gain is None else f"{self.gain:.1%}",
             f"{self.parameters:,}",
             "-" if self.seconds is None else f"{self.seconds:.2f}",
-            "-" if self.peak is None else f"{self.peak / 2**20:,.0f} MiB",
+            "-" if self.peak is None else f"{self.peak / 2**20:,.0f}",
         )
 
 

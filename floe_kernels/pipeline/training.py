@@ -28,7 +28,7 @@ class Recipe:
     Example:
         >>> recipe = Recipe(steps=10, learning_rate=1.0, lr_warm_up=0.2)
         >>> [round(recipe.learning_rate_at(step), 2) for step in range(10)]
-        [0.5, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04, 0.0]
+        [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
     """
 
     steps: int
@@ -54,7 +54,7 @@ class Recipe:
             return self.learning_rate * (step + 1) / warm
         if self.schedule == "constant":
             return self.learning_rate
-        done = (step + 1 - warm) / max(1, self.steps - warm)
+        done = (step - warm) / (self.steps - warm)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 

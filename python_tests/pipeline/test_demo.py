@@ -8,6 +8,7 @@ from floe_kernels.pipeline.demo import (
     DEFAULTS,
     FORWARD,
     MOST_STEPS,
+    SCORED,
     SEARCHED,
     SPARSE,
     demo,
@@ -27,7 +28,7 @@ def cost(chosen, seconds):
     forward = FORWARD * seconds * size / OPTIONS.batch_size
     search = OPTIONS.trials * chosen["search_steps"] * SEARCHED * seconds * size / 8
     judging = OPTIONS.trials * 2 * -(-8 // size) * forward
-    score = chosen["score_samples"] / size * seconds * size / 8
+    score = chosen["score_samples"] / size * SCORED * seconds * size / 8
     training = chosen["steps"] * (1 + 2 * SPARSE) * seconds * size / 8
     return search + judging + score + training
 
@@ -88,13 +89,24 @@ def test_when_the_time_is_up_all_trainings_end_after_as_many_steps(options, tmp_
     assert [line["step"] for line in run.history.of("evaluation", run="floe")] == [1]
 
 
-def test_a_machine_that_slows_down_gets_less_to_do(options, tmp_path, monkeypatch):
+def test_steps_follow_the_time_that_trials_took(options, tmp_path, monkeypatch):
+    # a machine that seemed fast, and took a second for every step of a trial
     monkeypatch.setattr(module, "measure_step", lambda _bench: 1e-9)
-    monkeypatch.setattr(module, "AIM_S", 11.0)
+    monkeypatch.setattr(module, "AIM_S", 40.0)
+    changes = {"rank": 0, "ranks": "2,4", "trials": 2, "search_steps": 2, "steps": 60}
+    options = Options(**{**options.to_json(), **changes})
     progress = Listening()
     with open_run(tmp_path, "demo", options.to_json()) as run:
+        add = run.history.add
+
+        def slow(event, **facts):
+            if event == "trial":
+                facts["duration"] = 2.6  # 2 steps and twice 0.3 of one
+            add(event, **facts)
+
+        monkeypatch.setattr(run.history, "add", slow)
         demo(run, options, progress)
-    said = [text for text in progress.heard if "s now, so a training makes" in text]
-    assert said
     steps = run.state["pace"]["options"]["steps"]
+    assert 1 <= steps <= 12  # 30 s for three trainings at 1, 0.75 and 0.75 s a step
+    assert f"{steps} steps a training" in progress.heard
     assert {found["steps"] for found in run.state["trained"].values()} == {steps}
