@@ -167,7 +167,7 @@ def share_out(options: Options, left: float, seconds: float) -> dict[str, Any]:
         >>> share_out(Options(**DEFAULTS), left=400, seconds=3.0)["options"]
         {'batch_size': 8, 'search_steps': 5, 'score_samples': 64, 'steps': 38}
         >>> share_out(Options(**DEFAULTS), left=400, seconds=60.0)["options"]
-        {'batch_size': 1, 'search_steps': 1, 'score_samples': 5, 'steps': 9}
+        {'batch_size': 1, 'search_steps': 1, 'score_samples': 3, 'steps': 9}
     """
     size = options.batch_size
     rest = 1 - sum(SHARES.values())
