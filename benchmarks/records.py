@@ -77,17 +77,17 @@ def _git(*arguments: str) -> str:
 
 
 @cache
-def native() -> bool:
-    """Tell whether our C++ kernels were loaded."""
-    import importlib.util
-
-    return importlib.util.find_spec("floe_kernels._C") is not None
+def kernels(device: str) -> list[str]:
+    """Return our operators that have a kernel for the device; the others run plain PyTorch."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return sorted(n.removeprefix("floe::") for n in names if n.startswith("floe::"))
 
 
 def complete(line: dict[str, Any], device: str) -> dict[str, Any]:
     """Return the record with schema, machine, versions and commit in front."""
     head = {"schema": SCHEMA, "device": device, **machine(device)}
-    return {**head, "versions": versions(), "commit": commit(), "native": native(), **line}
+    return {**head, "versions": versions(), "commit": commit(), "kernels": kernels(device), **line}
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     steps = [line for line in lines if line["op"] == "training_step"]
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     versions = ", ".join(f"{k} {v}" for k, v in lines[-1]["versions"].items())
-    parts = [f"Commit {commits}; {versions}.\n", summary(layers) + "\n"]
+    kernels = ", ".join(lines[-1].get("kernels", ()))
+    head = f"Commit {commits}; {versions}; our kernels for this device: {kernels or 'none'}.\n"
+    parts = [head, summary(layers) + "\n"]
     parts += [end_to_end.table(group) for group in by_case(steps)]
     parts += [case_table(group) for group in by_case(layers)]
     text = "\n".join(parts)
