@@ -171,8 +171,6 @@ class FusedMoELoRAModel(BaseTuner):
             return
         layer = FusedMoELoRALayer(target, self._batch).train(target.training)
         layer.update_layer(adapter_name, options, inference_mode=inference)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -146,6 +146,7 @@ def test_several_adapters(tmp_path):
     one = logits(model)
     model.add_adapter("other", Config(num_experts=3, r=1, target_modules=["q_proj", "v_proj"]))
     assert torch.equal(logits(model), one), "an inactive adapter must change nothing"
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
     model.set_adapter("other")
     assert torch.equal(logits(model), base_logits())
     other = logits(shake(model, seed=1))
