@@ -23,7 +23,7 @@ def print_table(
         rows: Their cells, as text.
         numbers: Index of the first column of numbers.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for i, heading in enumerate(headings):
         word = max(map(len, heading.split()), default=0)
         side: Literal["left", "right"] = "right" if i >= numbers else "left"

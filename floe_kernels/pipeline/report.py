@@ -2,10 +2,12 @@
 
 import html
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from floe_kernels.allocation import Plan
 from floe_kernels.pipeline import files
+from floe_kernels.pipeline.options import Options
 from floe_kernels.pipeline.plots import (
     importance_plot,
     loss_plot,
@@ -16,6 +18,12 @@ from floe_kernels.pipeline.results import HEADINGS, remarks, results
 from floe_kernels.pipeline.runs import Run
 
 REPORT = "report.html"
+ENDS = {
+    "n_trials": "that was the number asked for",
+    "exhausted": "every rank had been tried",
+    "patience": "there was no more progress",
+    "time": "the time was up",
+}
 
 
 def write_report(run: Run) -> None:
@@ -125,8 +133,9 @@ def _search(run: Run) -> str:
         search_plot(trials, found["rank"]),
         _paragraph(
             f"All layers were adapted, and the samples that judged a trial belong to the training "
-            f"data. The search ended by {found['stopped']} after {found['completed']} complete "
-            f"trials and {found['seconds']:.0f} s; the rank is {found['rank']}."
+            f"data. The search ended after {found['completed']} complete trials and "
+            f"{found['seconds']:.0f} s, because {ENDS.get(found['stopped'], found['stopped'])}; "
+            f"the rank is {found['rank']}."
         ),
         _table(("trial", "rank", "state", "loss", "seconds"), rows, numbers=3),
     )
@@ -143,12 +152,19 @@ def _losses(run: Run) -> str:
 
 
 def _asked(run: Run) -> str:
-    rows = [(name, str(value)) for name, value in {**run.arguments, **run.facts}.items()]
+    usual = {f.name: f.default for f in fields(Options)}
+    asked = {name: value for name, value in run.arguments.items() if value != usual.get(name)}
+    chosen = run.state.get("pace", {}).get("options", {})
+    facts = {f"checksum of the {name}": value for name, value in run.facts.items()}
+    rows = [(name, str(value)) for name, value in {**asked, **chosen, **facts}.items()]
     use = (
         "model = AutoModelForCausalLM.from_pretrained(...)  # the same base\n"
         'floe_kernels.load_adapter(model, "adapter")'
     )
-    parts = [_table(("option", "value"), rows, numbers=2)]
+    parts = [
+        _paragraph("Options that are not the usual ones, and what results depend on:"),
+        _table(("option", "value"), rows, numbers=2),
+    ]
     if (run.folder / "adapter").exists():
         parts.insert(0, f"<pre>{_text(use)}</pre>")
     return _section("How it was made, and how to use it", *parts)
