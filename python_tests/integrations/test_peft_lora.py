@@ -14,8 +14,11 @@ from floe_kernels.testing.models import tiny_model
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("floe_kernels.integrations.peft_lora")
 
-# PEFT 0.21 reads what transformers 5.23 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+pytestmark = [
+    # PEFT 0.21 reads what transformers 5.23 deprecates; up to 0.20 it looks for a nameless model
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 
 
 def checkpoint(folder, seed, architecture="llama", **options):
