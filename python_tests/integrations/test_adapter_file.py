@@ -217,7 +217,11 @@ def test_a_full_disk_leaves_the_old_adapter(room, saved, monkeypatch):
     disk = {"room": room if room > 0 else len(before[TENSORS]) + 10}
     real = adapter_file.Path.open
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_file.Path, "open", lambda path, mode: Full(real(path, mode), disk))
+        patch.setattr(
+            adapter_file.Path,
+            "open",
+            lambda path, *how, **text: Full(real(path, *how, **text), disk),
+        )
         with pytest.raises(
             OSError, match=r"No space left on device; nothing in .* has changed"
         ) as e:

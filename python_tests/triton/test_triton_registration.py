@@ -25,6 +25,12 @@ def on_cuda(op, *args):
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
 
 
+def by_default(op, *args):
+    """Call the readable kernel, whatever else serves the device."""
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    return op.redispatch(torch._C.DispatchKeySet(key), *args)
+
+
 def randn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
@@ -44,16 +50,16 @@ def layer(shared_A):
 def test_layer(shared_A):
     x, weight, adapter, config, fisher = layer(shared_A)
     args = (x, weight, randn(10), *adapter, *config, *[None] * 6)
-    got, want = on_cuda(moe_lora.moe_lora_linear, *args), moe_lora.moe_lora_linear(*args)
+    got, want = (run(moe_lora.moe_lora_linear, *args) for run in (on_cuda, by_default))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
     args = (x, x @ weight.T, *adapter, *config, *[None] * 6)
-    got, want = on_cuda(moe_lora.moe_lora, *args), moe_lora.moe_lora(*args)
+    got, want = (run(moe_lora.moe_lora, *args) for run in (on_cuda, by_default))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
     scaling, ranks, _, *rest, aux = config
     both = []
-    for run in (lambda *a: on_cuda(moe_lora.moe_lora_backward, *a), moe_lora.moe_lora_backward):
+    for run in (on_cuda, by_default):
         own = fisher._replace(
             lora_A=torch.zeros_like(adapter[0]),
             lora_B=torch.zeros(6, device=DEVICE),
@@ -61,8 +67,8 @@ def test_layer(shared_A):
             gate=torch.zeros(2, device=DEVICE),
         )
         grads = run(
-            randn(20, 10), x, weight, *adapter, scaling, *want[1:], ranks, *rest, aux,
-            [True] * 4, *own,
+            moe_lora.moe_lora_backward, randn(20, 10), x, weight, *adapter, scaling, *want[1:],
+            ranks, *rest, aux, [True] * 4, *own,
         )  # fmt: skip
         both.append((*grads, *own[2:]))
     for one, other in zip(*both, strict=True):
@@ -75,7 +81,9 @@ def test_grad_square():
         (grad_square.segment_grad_square, ("rank",)),
         (grad_square.linear_grad_square, ()),
     ):
-        for one, other in zip(on_cuda(op, *args, *rest), op(*args, *rest), strict=True):
+        for one, other in zip(
+            *(run(op, *args, *rest) for run in (on_cuda, by_default)), strict=True
+        ):
             torch.testing.assert_close(one, other)
 
 
@@ -83,6 +91,6 @@ def test_float64_goes_to_the_reference():
     x, weight, adapter, config, _ = layer(False)
     wide = [t.double() for t in (x, weight, *adapter)]
     args = (*wide[:2], None, *wide[2:], *config, *[None] * 6)
-    got, want = on_cuda(moe_lora.moe_lora_linear, *args), moe_lora.moe_lora_linear(*args)
+    got, want = (run(moe_lora.moe_lora_linear, *args) for run in (on_cuda, by_default))
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
