@@ -149,7 +149,9 @@ def allocate_budget(
         raise ValueError(
             f"total must pay lo = {lo} experts everywhere, {least} {unit}, got {total}"
         )
-    cheapest = min(cost(name, lo + 1) - cost(name, lo) for name in members)
+    # with a shared lora_A the first expert pays for it, and the second is cheaper
+    steps = [cost(name, n + 1) - cost(name, n) for name in members for n in (lo, lo + 1)]
+    cheapest = min(steps)
     most = len(members) * lo + 1 + (total - least) // max(1, cheapest)
     most = most if hi is None else min(most, len(members) * hi)
 

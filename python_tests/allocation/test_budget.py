@@ -1,7 +1,7 @@
 """Sharing totals out: exact, bounded, monotone, in every unit."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import layer_scores, small, transformer
 
@@ -152,6 +152,7 @@ def test_equal_costs_spend_like_experts():
     st.none() | st.integers(2, 5),
     st.booleans(),
 )
+@example([0.0, 0.0, 1.0], "layer", [1, 6, 6, 1, 1, 1], 0, None, True)
 def test_a_budget_is_kept_and_used_up(values, per, bought, lo, hi, shared_A):
     modules = small(3)
     names = list(layer_scores(values)) if per == "layer" else list(modules)
