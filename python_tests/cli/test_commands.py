@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_costs_nothing(floe, small, tmp_path, kilobytes):
     assert error.startswith(f"error: {tmp_path}")
     assert "File too large" in error
     assert error.count("\n") == 1
-    code, text, error = floe("tune", "--out", tmp_path, "--resume")
+    code, _, error = floe("tune", "--out", tmp_path, "--resume")
     assert (code, error) == (0, "")
     done = [line["step"] for line in load_run(tmp_path).history.of("step")]
     assert done == [1, 2, 3, 4]
