@@ -102,7 +102,7 @@ def asked_in(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def resumable(folder: Path, how: str) -> Iterator[None]:
-    """If the work in the block is stopped, say how to take it up again, or where it was.
+    """If the work in the block is interrupted, say how to take it up again.
 
     Args:
         folder: The run's folder.
@@ -113,9 +113,6 @@ def resumable(folder: Path, how: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if (folder / CONFIG).exists():
             typer.echo(f"\nstopped; nothing finished is lost. To go on: {how}", err=True)
-        raise
-    except OSError as error:
-        error.filename = error.filename or str(folder)  # a failing write does not know its file
         raise
 
 

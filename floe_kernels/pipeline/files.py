@@ -47,11 +47,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
-            error.filename = str(path)  # a failing write does not know its file
         raise
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
