@@ -16,9 +16,24 @@ struct GradSquareSteps {
   static constexpr int64_t NR = kNR<V>, MR = V::kMR;
   // A panel of so many rows of x is 24 KiB: it stays in L1 while every tile of g passes over it.
   static constexpr int64_t kDepth = 24576 / (NR * sizeof(unit)) * V::kPack;
-  // Panels a thread works on at once, all of it in L2. They are packed together, because one alone
-  // would fetch the cache lines at its edges for a neighbour that comes too late to find them.
-  static constexpr int64_t kGroup = 8;
+  // What the panels that a thread works on at once may take of its cache: their sums, and their
+  // rows of x. The more panels, the longer the runs in which x is read: that is what it waits for.
+  static constexpr int64_t kSumsBytes = 768 << 10, kPackedBytes = 384 << 10, kMostPanels = 64;
+
+  static int64_t group(const SegmentGradSquare& s) {
+    const int64_t fit = kSumsBytes / (3 * (s.R + 1) * NR * int64_t{sizeof(acc)});
+    return least(fit < 1 ? 1 : least(fit, kMostPanels), ceil_div(s.D + 1, NR));
+  }
+
+  // Rows of a chunk.
+  static int64_t depth(const SegmentGradSquare& s) {
+    const int64_t fit = kPackedBytes / (group(s) * NR * int64_t{sizeof(unit)}) * V::kPack;
+    return least(kDepth, fit / kPackedRows * kPackedRows);
+  }
+
+  // Rows of all panels that are packed before the next rows.
+  static constexpr int64_t kPackedRows = 4 * V::kPack;
+  static_assert(kPackedBytes >= kMostPanels * NR * int64_t{sizeof(unit)} * 4, "depth is not 0");
 
   static int64_t tiles_of(const SegmentGradSquare& s) { return ceil_div(s.R, MR); }
 
@@ -57,23 +72,24 @@ struct GradSquareSteps {
     int64_t first, last, begin, K;
   };
 
-  // The chunk after `previous`. A piece takes whole units, so every piece may cost one more row.
-  static Chunk next(const SegmentGradSquare& s, const Chunk& previous) {
+  // The chunk of at most so many rows after `previous`. A piece takes whole units, so every piece
+  // may cost one more row.
+  static Chunk next(const SegmentGradSquare& s, int64_t most, const Chunk& previous) {
     const int64_t begin = previous.begin + previous.K;
     int64_t first = previous.last;
     if (first > 0) {
       const Piece& before = s.pieces[first - 1];
       if (before.begin + before.length > begin) {  // a long piece goes on
-        return {first - 1, first, begin, least(kDepth, before.begin + before.length - begin)};
+        return {first - 1, first, begin, least(most, before.begin + before.length - begin)};
       }
     }
     Chunk chunk{first, first, begin, 0};
     for (int64_t taken = 0; chunk.last < s.num_pieces; ++chunk.last) {
       const int64_t length = s.pieces[chunk.last].length;
       const int64_t rows = units<V>(length) * V::kPack;
-      if (taken + rows > kDepth) {
+      if (taken + rows > most) {
         if (chunk.last == first) {
-          chunk.K = kDepth;
+          chunk.K = most;
           ++chunk.last;
         }
         break;
@@ -108,22 +124,20 @@ struct GradSquareSteps {
     }
   }
 
-  // The rows of a chunk in `count` panels from p0 on. A few rows of all panels come before the next
-  // rows, so that reading runs along x.
+  // The rows of a chunk in `count` panels from p0 on, each `size` units.
   static void pack(const SegmentGradSquare& s, const Chunk& chunk, int64_t p0, int64_t count,
-                   unit* packed) {
-    constexpr int64_t kRows = 4 * V::kPack;
+                   int64_t size, unit* packed) {
     const Rows<scalar_t> x{static_cast<const scalar_t*>(s.x), s.ld_x};
     int64_t done = 0;  // units
     for (int64_t i = chunk.first; i < chunk.last; ++i) {
       const Piece& piece = s.pieces[i];
       const int64_t from = piece.begin < chunk.begin ? chunk.begin : piece.begin;
       const int64_t K = least(piece.begin + piece.length, chunk.begin + chunk.K) - from;
-      for (int64_t k = 0; k < K; k += kRows) {
+      for (int64_t k = 0; k < K; k += kPackedRows) {
         for (int64_t p = 0; p < count; ++p) {
           const int64_t n0 = (p0 + p) * NR, width = panel_width<V>(s.D, p0 + p);
-          unit* to = packed + p * units<V>(kDepth) * NR + (done + k / V::kPack) * width;
-          pack_rows<V>(x, from + k, least(kRows, K - k), n0, least(NR, s.D - n0), width, to);
+          unit* to = packed + p * size + (done + k / V::kPack) * width;
+          pack_rows<V>(x, from + k, least(kPackedRows, K - k), n0, least(NR, s.D - n0), width, to);
         }
       }
       done += units<V>(K);
@@ -159,7 +173,7 @@ struct GradSquareSteps {
   static FLOE_INLINE reg multiply(reg a, reg b) { return a * b; }
 
   static int64_t scratch_size(const SegmentGradSquare& s) {
-    return kGroup * NR * (s.R * 3 * sizeof(acc) + units<V>(kDepth) * sizeof(unit));
+    return group(s) * NR * (s.R * 3 * sizeof(acc) + units<V>(depth(s)) * sizeof(unit));
   }
 
   static FLOE_INLINE void clear(acc* out, int64_t size) {
@@ -168,19 +182,20 @@ struct GradSquareSteps {
 
   static void panels(const SegmentGradSquare& s, int64_t first, int64_t last, void* scratch) {
     const bool elements = s.fisher || s.fisher_rows;
-    const int64_t size = s.R * NR;  // of one panel's sums
+    const int64_t together = group(s), most = depth(s);
+    const int64_t size = s.R * NR, packed_size = units<V>(most) * NR;  // of one panel
     acc* sums = static_cast<acc*>(scratch);
-    acc *grad = sums + size * kGroup, *fisher = grad + size * kGroup;
-    unit* packed = reinterpret_cast<unit*>(fisher + size * kGroup);
-    for (int64_t p0 = first; p0 < last; p0 += kGroup) {
-      const int64_t count = least(kGroup, last - p0);
-      clear(sums, 3 * size * kGroup);  // a last, narrow panel leaves the rest of its rows zero
-      for (Chunk c = next(s, Chunk{}); c.first < c.last; c = next(s, c)) {
-        pack(s, c, p0, count, packed);
+    acc *grad = sums + size * together, *fisher = grad + size * together;
+    unit* packed = reinterpret_cast<unit*>(fisher + size * together);
+    for (int64_t p0 = first; p0 < last; p0 += together) {
+      const int64_t count = least(together, last - p0);
+      clear(sums, 3 * size * together);  // a last, narrow panel leaves the rest of its rows zero
+      for (Chunk c = next(s, most, Chunk{}); c.first < c.last; c = next(s, most, c)) {
+        pack(s, c, p0, count, packed_size, packed);
         for (int64_t p = 0; p < count; ++p) {
           for (int64_t m = 0; m < s.R; m += MR) {
             const int64_t at = p * size + m * NR;
-            tile_pieces(s, c, p0 + p, m, packed + p * units<V>(kDepth) * NR, sums + at, grad + at,
+            tile_pieces(s, c, p0 + p, m, packed + p * packed_size, sums + at, grad + at,
                         elements ? fisher + at : nullptr);
           }
         }

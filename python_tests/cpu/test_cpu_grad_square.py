@@ -20,7 +20,9 @@ CASES = {
     "ragged tiles": ([1, 0, 15, 16, 17], 2, 9, 115),
     "pieces longer than a panel": ([300, 5, 129, 0, 257], 3, 8, 50),
     "short pieces in one panel": ([3] * 90, 0, 17, 49),
-    "more panels than a group": ([20, 40], 1, 4, 900),
+    "more panels than a group": ([20, 40], 1, 300, 900),
+    "no gradient": ([2, 3], 1, 0, 9),
+    "no columns": ([2, 3], 1, 4, 0),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
