@@ -33,6 +33,7 @@ PROMISED = [
     "functional.segment_grad_square",
     "scores.fisher",
     "scores.sensitivity",
+    "scores.influence",
     "scores.spectral",
     "allocation.Plan",
     "allocation.floe",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from floe_kernels._types import ModuleSpec
 from floe_kernels.functional.spectrum import METHODS, gram_eigenvalues, hill_alpha
+from floe_kernels.scores.eigen_threads import EigenThreads
 from floe_kernels.scores.names import in_block, layer_of
 
 FORMAT, VERSION = "floe_kernels.spectrum", 1  # raise the version when the numbers change
@@ -41,7 +42,8 @@ def spectral(
     alone: an adapter's wrapper is looked through to its ``base_layer``, and one result serves every
     task. The exponent also moves with the shape of a matrix, so compare blocks of equal shapes
     rather than the matrices of one. Weights of any floating point dtype are widened to float64 a
-    slice at a time, on their own device.
+    slice at a time, on their own device. On a CPU that others keep busy the eigenvalues are found
+    with one thread, where more would wait for each other.
 
     Args:
         model: Any model; it is only read.
@@ -76,9 +78,10 @@ def spectral(
     weights, layers = _linears(model, modules)
     stored = None if cache is None else _Cache(Path(cache))
     scores = {}
+    threads = EigenThreads()
     for done, (name, weight) in enumerate(weights.items(), start=1):
         try:
-            scores[name] = _alpha(weight, method, stored)
+            scores[name] = _alpha(weight, method, stored, threads)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if progress is not None:
@@ -167,11 +170,12 @@ def _weight(name: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def _alpha(weight: Tensor, method: str, stored: "_Cache | None") -> float:
+def _alpha(weight: Tensor, method: str, stored: "_Cache | None", threads: EigenThreads) -> float:
     key = "" if stored is None else weight_hash(weight)
     if stored is not None and (known := stored.read(key).get(method)) is not None:
         return known
-    alpha = float(hill_alpha(gram_eigenvalues(weight), method=method))
+    with threads.used():
+        alpha = float(hill_alpha(gram_eigenvalues(weight), method=method))
     if not math.isfinite(alpha):
         raise ValueError("the weight's spectrum has no tail, its upper eigenvalues are all equal")
     if stored is not None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 import warnings
 
 import pytest
@@ -342,3 +343,35 @@ def test_a_model_without_blocks():
     with pytest.raises(ValueError, match=r"numbered block, got ModuleDict with none"):
         spectral(model)
     assert list(spectral(model, modules=["encoder"])) == ["encoder"]
+
+
+@pytest.mark.parametrize(("all_threads", "one", "chosen"), [(5, 10, 2), (9, 10, 1), (100, 10, 1)])
+def test_eigenvalues_take_one_thread_where_more_are_slower(monkeypatch, all_threads, one, chosen):
+    threads = sys.modules["floe_kernels.scores.eigen_threads"]
+    now = [0.0]
+    monkeypatch.setattr(threads, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    eigvalsh = torch.linalg.eigvalsh
+
+    def timed(matrix):
+        now[0] += all_threads if torch.get_num_threads() == 2 else one
+        return eigvalsh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", timed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        choice = threads.EigenThreads()
+        for _ in range(2):
+            tried = now[0]
+            with choice.used():
+                assert torch.get_num_threads() == chosen
+            assert torch.get_num_threads() == 2
+        assert now[0] == tried  # the second time there is nothing to try
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_cached_spectrum_tries_no_threads(model, tmp_path, monkeypatch):
+    first = spectral(model, cache=tmp_path)
+    monkeypatch.setattr(SPECTRAL.EigenThreads, "used", None)
+    assert spectral(model, cache=tmp_path) == first
