@@ -31,13 +31,16 @@ def _(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
 
 
+# loaded on the first call, not on import; Triton launches on the current device, whatever its
+# arguments are on
 if find_spec("triton"):
 
     @torch.library.register_kernel("floe::topk_softmax", "cuda")
     def _(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        from floe_kernels.triton import routing  # loads Triton on the first call, not on import
+        from floe_kernels.triton import routing as kernels
 
-        return routing.topk_softmax(logits, k, renormalize)
+        with torch.cuda.device(logits.device):
+            return kernels.topk_softmax(logits, k, renormalize)
 
 
 def _setup_context(
