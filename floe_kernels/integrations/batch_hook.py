@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from floe_kernels.nn import BatchContext
+from floe_kernels.nn.packing import batch_shape, packed_padding, sample_starts
 
 
 class BatchHook:
@@ -20,7 +21,9 @@ class BatchHook:
 
     Args:
         model: The model whose arguments are read: ``attention_mask`` (B, S), of which the last T
-            columns belong to ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, I).
+            columns belong to ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, I). A packed batch
+            has no such mask: there, with ``labels``, padding is what ends a row in samples of one
+            token (:func:`floe_kernels.nn.packing.packed_padding`).
         batch: What its adapted layers read.
 
     Example:
@@ -35,8 +38,7 @@ class BatchHook:
 
     def __init__(self, model: nn.Module, batch: BatchContext) -> None:
         self.batch = batch
-        names = list(inspect.signature(model.forward).parameters)
-        self.position = {name: i for i, name in enumerate(names)}
+        self.names = list(inspect.signature(model.forward).parameters)
         # there the one argument named attention_mask is the encoder's
         config = getattr(model, "config", None)
         self.two_sequences = bool(getattr(config, "is_encoder_decoder", False))
@@ -45,7 +47,7 @@ class BatchHook:
         """Hook ``model`` and return the handles that unhook it."""
         return [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after),
+            model.register_forward_hook(self.after, always_call=True),
         ]
 
     def before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,25 +74,18 @@ class BatchHook:
         self.batch.token_mask = None
 
     def _token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        mask = self._argument("attention_mask", args, kwargs)
-        ids = self._argument("input_ids", args, kwargs)
-        embeds = self._argument("inputs_embeds", args, kwargs)
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return None  # a finished 4-D mask no longer says what is padding
-        if isinstance(ids, Tensor):
-            length = ids.shape[-1]
-        elif isinstance(embeds, Tensor):
-            length = embeds.shape[-2]
-        else:
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        shape = batch_shape(arguments)
+        if shape is None:
             return None
-        start = mask.shape[1] - length  # the columns before belong to the KV cache
-        return mask[:, start:].bool() if start >= 0 else None
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        position = self.position.get(name, len(args))
-        return args[position] if position < len(args) else None
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            start = mask.shape[1] - shape[1]  # the columns before belong to the KV cache
+            return mask[:, start:].bool() if start >= 0 else None
+        # a finished 4-D mask no longer says what is padding; and without labels a last sample of
+        # one token may be a prompt, whose output somebody wants
+        starts = None if arguments.get("labels") is None else sample_starts(arguments)
+        return None if starts is None else ~packed_padding(starts)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

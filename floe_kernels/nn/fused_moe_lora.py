@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ class Router(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
         kaiming_uniform_(self.weight)
+
+
+class LayerRouting(NamedTuple):
+    """How a layer routed the N tokens of its last forward pass."""
+
+    logits: Tensor  #: ``(N, E)`` float32 (float64 for float64), without a gradient
+    experts: Tensor  #: ``(N, K)`` int64, best first
+    token_mask: Tensor | None  #: ``(N,)`` bool, False on padding; None if every token counted
 
 
 class FusedMoELoRA(nn.Module):
@@ -52,7 +60,12 @@ class FusedMoELoRA(nn.Module):
         router: ``nn.Linear(I, E, bias=False)``.
         scaling: ``(R,)`` float32 buffer; a zero switches one rank component off.
         aux_coefs: ``(2,)`` float32 buffer, the two coefficients; multiply it in place by the loss
-            scale of a ``GradScaler``, or divide by the steps of gradient accumulation.
+            scale of a ``GradScaler``, or divide by the steps of gradient accumulation. To switch a
+            loss on, call :meth:`set_aux_loss`.
+        record_routing: Whether a forward pass leaves :attr:`routing` behind, True at first. Set it
+            to False to compile activation checkpointing (non-reentrant) without a graph break: a
+            compiled region that is to run twice may not change the layer. Or keep the figures and
+            set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint``.
 
     Raises:
         TypeError: ``base_layer`` has no in and out features.
@@ -98,7 +111,8 @@ class FusedMoELoRA(nn.Module):
         self.top_k = default_top_k(len(ranks), shared_A) if top_k is None else top_k
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.batch: BatchContext | None = None
-        self.fisher: Any = None  # scores.fisher.LayerFisher while a FisherCollector is active
+        self.fisher: Any = None  # LayerFisher while a scores.FisherCollector is active
+        self.record_routing = True
         self._routed: tuple[Tensor, Tensor, Tensor | None] | None = None
 
         self.base_layer = base_layer.requires_grad_(False)
@@ -116,9 +130,10 @@ class FusedMoELoRA(nn.Module):
         ]
         device = reference.device
         self.register_buffer("scaling", torch.tensor(by_rank, dtype=torch.float32, device=device))
-        coefs = torch.tensor([load_balance_coef, z_loss_coef], dtype=torch.float32, device=device)
+        coefs = torch.zeros(2, dtype=torch.float32, device=device)
         self.register_buffer("aux_coefs", coefs, persistent=False)
-        self._has_aux = bool(load_balance_coef or z_loss_coef)
+        self.load_balance_coef = self.z_loss_coef = 0.0
+        self.set_aux_loss(load_balance_coef, z_loss_coef)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,6 +172,7 @@ class FusedMoELoRA(nn.Module):
         if self.fisher is not None and torch.is_grad_enabled():
             fisher = self.fisher.buffers(x)
         drop = self.lora_dropout if self.training else 0.0
+        has_aux = bool(self.load_balance_coef or self.z_loss_coef)
         options: dict[str, Any] = {
             "ranks": self.ranks,
             "top_k": self.top_k if self.ranks else None,
@@ -166,7 +182,7 @@ class FusedMoELoRA(nn.Module):
             "dropout_p": drop,
             # drawn from torch's generator, so a checkpoint's recomputation draws the same seed
             "dropout_seed": torch.randint(2**63 - 1, (), device=x.device) if drop else None,
-            "aux_coefs": self.aux_coefs if self._has_aux and fisher is None else None,
+            "aux_coefs": self.aux_coefs if has_aux and fisher is None else None,
             "fisher": fisher,
         }
         experts = (self.lora_A, self.lora_B, self.router.weight)
@@ -181,8 +197,46 @@ class FusedMoELoRA(nn.Module):
                 x, weight = x.to(dtype), weight.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
             result = functional.moe_lora_linear(x, weight, bias, *experts, **options)
-        self._routed = (result.logits, result.experts, token_mask)
+        if self.record_routing or fisher is not None:
+            self._routed = (result.logits, result.experts, token_mask)
         return result.out
+
+    def set_aux_loss(
+        self, load_balance_coef: float | None = None, z_loss_coef: float | None = None
+    ) -> None:
+        """Set the coefficients of the auxiliary losses from the next forward pass on.
+
+        Args:
+            load_balance_coef: Of the load balancing loss; None leaves it as it is.
+            z_loss_coef: Of the router z-loss; None leaves it as it is.
+
+        Raises:
+            ValueError: A coefficient is negative or not finite.
+
+        Example:
+            >>> layer = FusedMoELoRA(nn.Linear(8, 8), ranks=[4, 4], z_loss_coef=0.25)
+            >>> layer.set_aux_loss(load_balance_coef=0.5)
+            >>> layer.aux_coefs
+            tensor([0.5000, 0.2500])
+        """
+        balance = self.load_balance_coef if load_balance_coef is None else load_balance_coef
+        z = self.z_loss_coef if z_loss_coef is None else z_loss_coef
+        for name, coef in (("load_balance_coef", balance), ("z_loss_coef", z)):
+            if not 0 <= coef < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {coef}")
+        self.load_balance_coef, self.z_loss_coef = balance, z
+        if load_balance_coef is not None:
+            self.aux_coefs[0] = load_balance_coef
+        if z_loss_coef is not None:
+            self.aux_coefs[1] = z_loss_coef
+
+    @property
+    def routing(self) -> LayerRouting | None:
+        """How the last forward pass routed its tokens; None before the first."""
+        if self._routed is None:
+            return None
+        logits, experts, mask = self._routed
+        return LayerRouting(logits, experts, None if mask is None else mask.reshape(-1))
 
     def aux_loss(self) -> Tensor:
         """Return the value of the auxiliary losses in the last forward pass, times coefficients.
@@ -192,10 +246,10 @@ class FusedMoELoRA(nn.Module):
         Returns:
             A scalar; zero before the first forward pass, or without experts.
         """
-        if self._routed is None or not self.ranks:
+        routing = self.routing
+        if routing is None or not self.ranks:
             return self.aux_coefs.new_zeros(())
-        logits, experts, token_mask = self._routed
-        mask = None if token_mask is None else token_mask.reshape(-1)
+        logits, experts, mask = routing
         balance = functional.load_balance_loss(logits, experts, token_mask=mask)
         z = functional.router_z_loss(logits, token_mask=mask)
         return self.aux_coefs[0] * balance + self.aux_coefs[1] * z
@@ -206,11 +260,11 @@ class FusedMoELoRA(nn.Module):
         Returns:
             ``(E,)`` float32, summing to 1; zeros before the first forward pass.
         """
-        if self._routed is None:
+        if (routing := self.routing) is None:
             return self.aux_coefs.new_zeros(len(self.ranks))
-        _logits, experts, token_mask = self._routed
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        return functional.expert_load(experts, len(self.ranks), token_mask=mask)
+        return functional.expert_load(
+            routing.experts, len(self.ranks), token_mask=routing.token_mask
+        )
 
     def extra_repr(self) -> str:
         """Describe the adapter as ``print(model)`` shows it."""

@@ -1,5 +1,6 @@
 """Collect per-sample squared gradients around ordinary backward passes."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -68,7 +69,8 @@ class FisherCollector:
 
     Inside the context call the model, call ``backward()``, then :meth:`step`. The batch's samples
     and loss tokens are read off the model's arguments (``input_ids``, ``labels``,
-    ``num_items_in_batch``); where they do not show them, call :meth:`batch` before the model.
+    ``num_items_in_batch``; of packed sequences ``cu_seq_lens_q`` or ``position_ids``); where they
+    do not show them, call :meth:`batch` before the model.
 
     Args:
         model: A model with :class:`~floe_kernels.FusedMoELoRA` layers, or linears named ``frozen``.
@@ -144,12 +146,13 @@ class FisherCollector:
             self._step[join(name, "weight")] = score_zeros(module.weight, ())
         self._sums = {key: torch.zeros_like(value) for key, value in self._step.items()}
         self._hits = {
-            name: layer.lora_B.new_zeros(len(layer.ranks), dtype=torch.int64)
+            name: torch.zeros(len(layer.ranks), dtype=torch.int64, device=layer.lora_B.device)
             for name, layer in self.layers.items()
         }
         device = next(iter(self._step.values())).device
         self._counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
         self._gates: list[tuple[Tensor, Tensor]] = []  # (finite, (S, modules)) of every step
+        self._arguments = list(inspect.signature(model.forward).parameters)
         self._batch: SampleBatch | None = None
         self._told: SampleBatch | None = None
         self._handles: list[Any] = []
@@ -279,8 +282,9 @@ class FisherCollector:
             raise RuntimeError("step() must follow every backward pass, got a second forward pass")
         batch, self._told = self._told, None
         if batch is None:
+            arguments = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
             definition = self.meta["loss_reduction"], self.meta["per_sample"]
-            batch = describe_batch(kwargs, args, *definition)
+            batch = describe_batch(arguments, *definition)
         batch.scale = batch.scale / self.loss_factor
         self._batch = batch
         for fisher in self._fishers.values():
@@ -325,9 +329,9 @@ def _forget_grad(tensor: Tensor) -> None:
 
 def _hits(layer: FusedMoELoRA, batch: SampleBatch) -> Tensor:
     """Return how many samples reached each expert in the layer's last forward pass, ``(E,)``."""
-    if layer._routed is None:
+    if layer.routing is None:
         return layer.scaling.new_zeros(len(layer.ranks), dtype=torch.int64)
-    _logits, experts, token_mask = layer._routed
+    _logits, experts, token_mask = layer.routing
     offsets = batch.offsets
     if offsets is None:
         rows = len(experts) // max(1, batch.num_samples)
@@ -336,7 +340,7 @@ def _hits(layer: FusedMoELoRA, batch: SampleBatch) -> Tensor:
     sample = torch.searchsorted(offsets, row, right=True) - 1
     inside = (row < offsets[-1]) & (sample >= 0)
     if token_mask is not None:
-        inside &= token_mask.reshape(-1)
+        inside &= token_mask
     reached = experts.new_zeros(batch.num_samples + 1, len(layer.ranks))
     sample = torch.where(inside, sample, batch.num_samples)  # a bin for rows of no sample
     pairs = sample[:, None].expand_as(experts) * len(layer.ranks) + experts

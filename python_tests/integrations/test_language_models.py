@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from adapting import adapted, tokens
 
 from floe_kernels.integrations.transformers import adapted_modules
