@@ -113,7 +113,7 @@ def moe_lora_linear(
     if shared is None:
         return _no_experts(torch.nn.functional.linear(x, weight, bias), rows)
     with _no_autocast(x):
-        out, _z, experts, gates, logits = ops.moe_lora_linear(rows, weight, bias, *shared)
+        out, _z, experts, gates, logits = ops.call_linear(rows, weight, bias, *shared)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return MoELoRAOutput(out, logits.detach(), experts, gates.detach())
 
@@ -188,7 +188,7 @@ def moe_lora(
     if shared is None:
         return _no_experts(base_out.clone(), rows)
     with _no_autocast(x):
-        out, _z, experts, gates, logits = ops.moe_lora(
+        out, _z, experts, gates, logits = ops.call(
             rows, base_out.reshape(-1, base_out.shape[-1]), *shared
         )
     return MoELoRAOutput(out.view(base_out.shape), logits.detach(), experts, gates.detach())

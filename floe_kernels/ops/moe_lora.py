@@ -285,3 +285,59 @@ torch.library.register_autograd(
     "floe::moe_lora_linear", _backward_linear, setup_context=_setup_linear
 )
 torch.library.register_autograd("floe::moe_lora", _backward_foreign, setup_context=_setup_foreign)
+
+
+class _EagerFunction(torch.autograd.Function):
+    """Either operator and its gradient, for eager calls.
+
+    What ``register_autograd`` makes of the same functions serves tracing and transforms; it reads
+    the schema anew on every call, which takes longer than the operator does for one token.
+    ``apply`` looks at each of its arguments, so those that get no gradient come in one tuple.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Any, bias: Any, lora_A: Tensor, lora_B: Tensor,
+        router_weight: Tensor, rest: tuple[Any, ...],
+    ) -> Forward:  # fmt: skip
+        shared = (lora_A, lora_B, router_weight, *rest)
+        ctx.linear = bias is not _FOREIGN
+        with torch._C._AutoDispatchBelowAutograd():
+            output: Forward = (
+                moe_lora_linear(x, base, bias, *shared)
+                if ctx.linear
+                else moe_lora(x, base, *shared)
+            )
+        ctx.positions = (0, 3, 4, 5)
+        _setup(ctx, x, base if ctx.linear else None, shared, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 7
+        dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=ctx.linear)
+        return dx, None if ctx.linear else grad_out, None, dA, dB, drouter, None
+
+
+_FOREIGN = object()
+"""In place of a bias: the base is an output, not a weight."""
+
+
+def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Forward:
+    """Call ``floe::moe_lora_linear``, the shorter way where nothing traces or transforms it."""
+    if _is_traced():
+        return moe_lora_linear(x, weight, bias, *shared)  # type: ignore[no-any-return]
+    return _EagerFunction.apply(x, weight, bias, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
+
+
+def call(x: Tensor, base_out: Tensor, *shared: Any) -> Forward:
+    """Call ``floe::moe_lora``, the shorter way where nothing traces or transforms it."""
+    if _is_traced():
+        return moe_lora(x, base_out, *shared)  # type: ignore[no-any-return]
+    return _EagerFunction.apply(x, base_out, _FOREIGN, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
