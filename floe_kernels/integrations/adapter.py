@@ -19,11 +19,12 @@ from floe_kernels.integrations.apply import (
     adapted_modules,
     applied,
     check_fit,
-    model_of,
     place,
     remove_adapters,
 )
 from floe_kernels.integrations.fingerprint import fingerprint
+from floe_kernels.integrations.processes import once
+from floe_kernels.integrations.wrapped import is_sharded, is_tuned, model_of, overwrite, whole
 
 _PARTS = ("lora_A", "lora_B", "router.weight", "scaling")
 
@@ -33,10 +34,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Every value is written as it is, in its dtype: lora_A, lora_B, router and scaling of every
     adapted module. Both files are written whole under temporary names before either is renamed,
-    so a full disk or a kill leaves an older adapter as it was.
+    so a full disk or a kill leaves an older adapter as it was. Of a model that FSDP2 shards, every
+    process must call this: they gather the values, and the first one writes. Otherwise call it in
+    one process.
 
     Args:
-        model: A model that :func:`apply_plan` changed.
+        model: A model that :func:`apply_plan` changed; ``torch.compile`` or DDP may have wrapped
+            it since.
         folder: Made if it is not there.
 
     Raises:
@@ -56,11 +60,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['adapter.json', 'adapter.safetensors']
     """
-    state = applied(model)
+    state, base = applied(model), model_of(model)
     if state is None:
-        raise ValueError("a model must carry a plan's adapters to save them: call apply_plan first")
-    base = model_of(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _adapter(base).items()}
+        peft = any(is_tuned(module) for module in base.modules())
+        instead = "PEFT's are saved by save_pretrained" if peft else "call apply_plan first"
+        raise ValueError(f"a model must carry a plan's adapters to save them: {instead}")
+    tensors = {name: whole(t).cpu().contiguous() for name, t in _adapter(base).items()}
     data: bytes = _safetensors().save(tensors)
     document: dict[str, Any] = {
         "format": adapter_file.FORMAT,
@@ -75,7 +80,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     document["sha256"] = adapter_file.seal(document)
     text = json.dumps(document, indent=1)
-    adapter_file.write(Path(folder), {adapter_file.TENSORS: data, DOCUMENT: text.encode()})
+    files = {adapter_file.TENSORS: data, DOCUMENT: text.encode()}
+
+    def write() -> None:
+        adapter_file.write(Path(folder), files)
+
+    if is_sharded(base):
+        once(write)
+    else:
+        write()
 
 
 def load_adapter(
@@ -85,7 +98,8 @@ def load_adapter(
 
     Everything is checked before the model is touched. A model without adapters gets the saved plan
     first; one that carries an equal plan has its values overwritten. Values arrive bit for bit, in
-    the dtype in which they were saved.
+    the dtype in which they were saved. A model that FSDP2 shards must carry the plan already, in
+    that dtype, and every process must call this.
 
     Args:
         model: The base model, adapted or not.
@@ -130,6 +144,8 @@ def load_adapter(
     data = adapter_file.read_tensors(folder, document, _shapes(plan, placed))
     tensors: dict[str, Tensor] = _safetensors().load(data)
     _check_dtypes(folder, placed, tensors)
+    if is_sharded(base):
+        _check_sharded(base, tensors)
     if not present:
         place(model, plan)
     try:
@@ -156,9 +172,18 @@ def _overwrite(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.dtype == moved[name].dtype:
-                tensor.copy_(moved[name])
+                overwrite(tensor, moved[name])
             else:
                 tensor.data = moved[name]
+
+
+def _check_sharded(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in _adapter(model).items():
+        if tensor.dtype != tensors[name].dtype:
+            raise ValueError(
+                "a sharded model must have its adapter's dtype to load it, got "
+                f"{tensor.dtype} for {name!r}, saved in {tensors[name].dtype}: load it first"
+            )
 
 
 def _check_equal_plan(state: Applied | None, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from floe_kernels.allocation.plan import Placement, Plan
 from floe_kernels.integrations.batch_hook import BatchHook
 from floe_kernels.integrations.fingerprint import fingerprint
 from floe_kernels.integrations.targets import linears_of
+from floe_kernels.integrations.wrapped import is_sharded, is_tuned, model_of
 from floe_kernels.nn import BatchContext, FusedMoELoRA
 
 _STATE = "_floe_applied"
@@ -25,26 +26,34 @@ class Applied:
     hooks: list[Any]  #: handles of the batch hook
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, load_balance_coef: float = 0.0, z_loss_coef: float = 0.0
+) -> nn.Module:
     """Freeze a model and wrap the modules that a plan places experts on, in place.
 
     Outputs do not change until training moves lora_B from zero. Padding reaches the layers by
-    itself: a hook on the model reads its 2-D ``attention_mask`` (transformers' convention; not of
-    encoder-decoder models), and padding tokens get no expert. Works under ``generate()``,
-    ``torch.compile`` and activation checkpointing. A module shared under several names is wrapped
-    under all of them. A placement with no expert leaves its module untouched.
+    itself: a hook on the model reads its 2-D ``attention_mask``, or what tells packed sequences
+    apart (transformers' conventions; not of encoder-decoder models), and padding tokens get no
+    expert. Works under ``generate()``, ``torch.compile`` and activation checkpointing. A module
+    shared under several names is wrapped under all of them. A placement with no expert leaves its
+    module untouched.
 
     Args:
         model: Any module; ``torch.compile`` may have wrapped it already. Nothing of it changes
             unless the whole plan fits.
         plan: A plan made for it: every module of the plan is there, with the same sizes.
+        load_balance_coef: Coefficient of every layer's load balancing loss, whose gradient its
+            backward adds. Under gradient accumulation or a ``GradScaler`` leave it to
+            :class:`~floe_kernels.integrations.trainer.AuxLossScale`.
+        z_loss_coef: Coefficient of every layer's router z-loss, likewise.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: The plan is for another model, the model carries adapters already, or a module
-            is an output head whose weight transformers ties to the embedding.
+        ValueError: The plan is for another model, the model carries adapters already or is
+            sharded, a module is an output head whose weight transformers ties to the embedding, or
+            a coefficient is negative.
 
     Warns:
         UserWarning: The plan's fingerprint is of a model with other weights.
@@ -63,24 +72,34 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             f"(fingerprint {plan.fingerprint[:12]}..., this one has another)",
             stacklevel=2,
         )
-    return place(model, plan)
+    return place(model, plan, load_balance_coef=load_balance_coef, z_loss_coef=z_loss_coef)
 
 
-def place(model: nn.Module, plan: Plan) -> nn.Module:
+def place(model: nn.Module, plan: Plan, **aux_coefs: float) -> nn.Module:
     """Do what :func:`apply_plan` does, whatever the plan's fingerprint."""
     target = model_of(model)
+    if any(is_tuned(module) for module in target.modules()):
+        raise ValueError(
+            "a model must carry no adapters when a plan is applied, got PEFT's: "
+            "call its merge_and_unload() or unload() first"
+        )
     found = adapted_modules(target)
     if found or hasattr(target, _STATE):
         raise ValueError(
             "a model must carry no adapters when a plan is applied, "
             f"got {len(found)} adapted modules: call remove_adapters(model) first"
         )
+    if is_sharded(target):
+        raise ValueError(
+            "a plan must be applied before the model is sharded, got one whose parameters are "
+            "DTensors: call apply_plan or load_adapter first, then fully_shard"
+        )
     placed = check_fit(target, plan)
     trainable = frozenset(name for name, p in target.named_parameters() if p.requires_grad)
     batch = BatchContext()
     try:
         wrappers = {
-            id(linear): _wrap(linear, plan.placements[name], plan, batch)
+            id(linear): _wrap(linear, plan.placements[name], plan, batch, aux_coefs)
             for name, linear in placed.items()
         }
         hook = BatchHook(target, batch)
@@ -158,12 +177,6 @@ def applied(model: nn.Module) -> Applied | None:
     return getattr(model_of(model), _STATE, None)
 
 
-def model_of(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``'s wrapper, or the model itself."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
-
-
 def check_fit(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Return the linears that get experts, by name.
 
@@ -195,7 +208,13 @@ def check_fit(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return placed
 
 
-def _wrap(linear: nn.Module, placement: Placement, plan: Plan, batch: BatchContext) -> FusedMoELoRA:
+def _wrap(
+    linear: nn.Module,
+    placement: Placement,
+    plan: Plan,
+    batch: BatchContext,
+    aux_coefs: dict[str, Any],
+) -> FusedMoELoRA:
     layer = FusedMoELoRA(
         linear,
         placement.ranks,
@@ -204,6 +223,7 @@ def _wrap(linear: nn.Module, placement: Placement, plan: Plan, batch: BatchConte
         lora_dropout=plan.lora_dropout,
         shared_A=plan.shared_A,
         use_rslora=plan.use_rslora,
+        **aux_coefs,
     )
     layer.batch = batch
     return layer.train(linear.training)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from floe_kernels.integrations.wrapped import model_of, original_of, whole
 from floe_kernels.nn import FusedMoELoRA
 
 _SAMPLES = 16  # values a weight
@@ -23,7 +24,8 @@ def fingerprint(model: nn.Module) -> str:
     and so does a float16 copy, if the weights were published in bfloat16 or float16. **No checksum
     of rounded values survives every rounding**: a float16 copy of a float32 model has another
     fingerprint, and so has a quantised copy, of whose packed weights only name and shape count.
-    Buffers do not count; device and training mode do not matter.
+    Buffers do not count; device and training mode do not matter. Wrappers of ``torch.compile``,
+    DDP and PEFT do not count either. Of a model that FSDP2 shards, every process must ask.
 
     Args:
         model: Any module; its weights are loaded.
@@ -39,6 +41,7 @@ def fingerprint(model: nn.Module) -> str:
         >>> fingerprint(model) == fingerprint(model.bfloat16())
         True
     """
+    model = model_of(model)
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None) or type(model).__name__
     digest = hashlib.sha256(f"{kind}\n".encode())
@@ -49,25 +52,27 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, weight) as if no module were adapted."""
-    adapted = [name for name, m in model.named_modules() if isinstance(m, FusedMoELoRA)]
-    wrappers = {f"{name}." if name else "" for name in adapted}
-    for name, weight in model.named_parameters():
-        prefix, found, rest = name.rpartition("base_layer.")
-        if found and prefix in wrappers:
-            yield prefix + rest, weight
-        elif not any(name == f"{w}{own}" for w in wrappers for own in _ADAPTER):
-            yield name, weight
-
-
-_ADAPTER = ("lora_A", "lora_B", "router.weight")
+def _base_weights(
+    module: nn.Module, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, weight) as if no module were adapted; a tied weight under its first name."""
+    seen = set() if seen is None else seen
+    if isinstance(module, FusedMoELoRA):
+        module = module.base_layer
+    module = original_of(module)
+    for name, weight in module._parameters.items():
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            yield prefix + name, weight
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _base_weights(child, f"{prefix}{name}.", seen)
 
 
 def _sample(name: str, weight: Tensor) -> bytes:
     if weight.is_meta:
         raise ValueError(f"a model must be loaded to have a fingerprint, {name} is on meta")
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight).reshape(-1)
     count = min(_SAMPLES, flat.numel())
     index = torch.tensor([i * flat.numel() // count for i in range(count)], device=flat.device)
     values = flat[index].float().bfloat16().float()

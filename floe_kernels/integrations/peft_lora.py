@@ -217,12 +217,12 @@ def mean_gates(
 
     def watch(name: str, layer: FusedMoELoRA) -> Any:
         def add(*_: Any) -> None:
-            if layer._routed is None:
+            if layer.routing is None:
                 return
-            logits, experts, mask = layer._routed
+            logits, experts, mask = layer.routing
             gates = functional.topk_softmax(logits, layer.top_k).gates.float()
             if mask is not None:
-                gates, experts = gates[mask.reshape(-1)], experts[mask.reshape(-1)]
+                gates, experts = gates[mask], experts[mask]
             sums[name].index_add_(0, experts.reshape(-1).cpu(), gates.reshape(-1).cpu())
             tokens[name] += len(gates)
 

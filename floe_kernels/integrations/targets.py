@@ -7,6 +7,7 @@ from torch import nn
 
 from floe_kernels._types import ModuleSpec
 from floe_kernels.allocation.arguments import nearest
+from floe_kernels.integrations.wrapped import model_of, original_of
 from floe_kernels.nn.fused_moe_lora import linear_features
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +46,8 @@ def find_modules(
     listed under its own name with its base's sizes; routers and bases are not listed. A linear
     that is shared under several names is listed once, under its first. The linears of
     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` are never listed, because these
-    read the weights without calling the layer.
+    read the weights without calling the layer. Names are the base model's, whatever
+    ``torch.compile``, DDP or PEFT wrapped around it.
 
     Args:
         model: Any module. Where the architecture is Llama, Mistral, Gemma 1-3, Qwen 2-3, Phi or
@@ -71,6 +73,7 @@ def find_modules(
         >>> list(find_modules(model))
         ['h.0.attn', 'h.0.fc', 'h.1.attn', 'h.1.fc']
     """
+    model = model_of(model)
     linears, aliases = linears_of(model)
     if targets is None:
         names = _default(model, linears)
@@ -109,10 +112,11 @@ def _walk(
             continue
         name = f"{prefix}{key}"
         inside = name if block is None and _is_repeated(child, parent) else block
+        original = original_of(child)
         try:
-            features = linear_features(child)
+            features = linear_features(original)
         except TypeError:
-            yield from _walk(child, f"{name}.", inside)
+            yield from _walk(original, f"{name}.", inside)
             continue
         if min(features) > 0:  # 0 is a lazy layer that has not seen its input yet
             yield name, child, features, inside

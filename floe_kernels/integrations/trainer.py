@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from floe_kernels import functional
 from floe_kernels.integrations.adapter import save_adapter
-from floe_kernels.integrations.apply import applied, model_of
-from floe_kernels.nn import FusedMoELoRA
+from floe_kernels.integrations.apply import applied
+from floe_kernels.integrations.wrapped import is_sharded, model_of
+from floe_kernels.nn import FusedMoELoRA, LayerRouting
 
 try:
     from transformers import TrainerCallback
@@ -63,10 +64,7 @@ class AuxLossScale:
                 "call apply_plan or get_peft_model first"
             )
         for layer in self.layers.values():
-            for place, coef in enumerate((load_balance_coef, z_loss_coef)):
-                if coef is not None:
-                    layer.aux_coefs[place] = coef
-                    layer._has_aux |= coef != 0
+            layer.set_aux_loss(load_balance_coef, z_loss_coef)
         self.coefs = {name: layer.aux_coefs.clone() for name, layer in self.layers.items()}
 
     def set(self, *, steps: int = 1, scaler: Any = None) -> None:
@@ -97,7 +95,8 @@ class AuxLossScale:
             ``expert_load_max``, any expert's largest share times E (1 is balanced). Empty before
             any forward pass.
         """
-        rows = {name: self._row(name) for name in self.layers if self.layers[name]._routed}
+        routed = {name: layer.routing for name, layer in self.layers.items()}
+        rows = {name: self._row(name, routing) for name, routing in routed.items() if routing}
         if not rows:
             return {}
         device = next(iter(rows.values())).device
@@ -117,16 +116,14 @@ class AuxLossScale:
             figures.update({f"expert_load/{name}/{e}": load for e, load in enumerate(loads)})
         return figures
 
-    def _row(self, name: str) -> Tensor:
+    def _row(self, name: str, routing: LayerRouting) -> Tensor:
         """Return one layer's loss, entropy and expert loads, ``(2 + E,)``."""
-        layer = self.layers[name]
-        logits, experts, mask = layer._routed  # type: ignore[misc]
-        mask = None if mask is None else mask.reshape(-1)
+        logits, experts, mask = routing
         coefs = self.coefs[name].to(logits.device, logits.dtype)
         balance = functional.load_balance_loss(logits, experts, token_mask=mask)
         z = functional.router_z_loss(logits, token_mask=mask)
         loss = coefs[0] * balance + coefs[1] * z
-        load = layer.expert_load().to(logits.dtype)
+        load = self.layers[name].expert_load().to(logits.dtype)
         return torch.cat([torch.stack([loss, _entropy(logits, mask)]), load])
 
 
@@ -215,7 +212,8 @@ class MoELoRACallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         """Write the adapter's own two files into the checkpoint."""
         model = event["model"]
-        if state.is_world_process_zero and applied(model) is not None:
+        ours = state.is_world_process_zero or is_sharded(model)  # then all processes gather it
+        if ours and applied(model) is not None:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             save_adapter(model, folder)
 

@@ -17,6 +17,7 @@ from floe_kernels.scores.batch import (
     describe_batch,
     make_batch,
 )
+from floe_kernels.scores.names import plain_name
 from floe_kernels.scores.record import COUNTS, FisherRecord
 
 GRANULARITIES = {"matrix": 0, "rank": 1, "element": 2}
@@ -124,11 +125,7 @@ class FisherCollector:
             "kind": "empirical", "unit": "sequence", "per_sample": per_sample,
             "granularity": granularity, "loss_reduction": loss_reduction,
         }  # fmt: skip
-        self.layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, FusedMoELoRA) and module.ranks
-        }
+        self.layers = _adapted(model)
         self._frozen = {name: _linear(model, name) for name in frozen}
         if not self.layers and not self._frozen:
             raise ValueError(
@@ -253,8 +250,7 @@ class FisherCollector:
         sums = {key: value.clone() for key, value in self._sums.items()}
         hits = {key: value.clone() for key, value in self._hits.items()}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for tensor in [counts, *sums.values(), *hits.values()]:
-                torch.distributed.all_reduce(tensor)
+            _add_over_processes([counts, *sums.values(), *hits.values()])
             parts: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, gates.cpu())
             gates = torch.cat(parts)
@@ -268,11 +264,8 @@ class FisherCollector:
 
     def _parameter(self, key: str) -> Tensor:
         module, _, name = key.rpartition(".")
-        if name == "weight":
-            owner: Any = self._frozen[module]
-        else:
-            owner, name = self.layers[module], "router.weight" if name == "router" else name
-        tensor: Tensor = owner.get_parameter(name)
+        owner: Any = self._frozen[module] if name == "weight" else self.layers[module]
+        tensor: Tensor = owner.router.weight if name == "router" else getattr(owner, name)
         return tensor
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -348,13 +341,41 @@ def _hits(layer: FusedMoELoRA, batch: SampleBatch) -> Tensor:
     return reached[:-1].sum(0)
 
 
+def _adapted(model: nn.Module) -> dict[str, FusedMoELoRA]:
+    """Return the layers with experts by their names in the base model, in model order.
+
+    Where PEFT gave one linear several adapters, the later ones keep PEFT's own names.
+    """
+    layers: dict[str, FusedMoELoRA] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMoELoRA) and module.ranks:
+            plain = plain_name(name)
+            layers[name if plain in layers else plain] = module
+    return layers
+
+
 def _linear(model: nn.Module, name: str) -> nn.Module:
-    module = model.get_submodule(name)
-    if isinstance(module, FusedMoELoRA):
+    """Return the frozen linear that a model without adapters has under this name."""
+    modules = dict(model.named_modules())
+    module: Any = modules.get(name) or modules.get(f"base_model.model.{name}")
+    if module is None:
+        raise ValueError(f"frozen must name linear layers, the model has no {name!r}")
+    while hasattr(module, "base_layer"):
         module = module.base_layer
     if not isinstance(getattr(module, "weight", None), Tensor) or module.weight.ndim != 2:
         raise ValueError(f"frozen must name linear layers, got {name}: {type(module).__name__}")
-    return module
+    linear: nn.Module = module
+    return linear
+
+
+def _add_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Add each tensor up over all processes, in place; one reduction for each dtype."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1).to(alike[0].device) for tensor in alike])
+        torch.distributed.all_reduce(flat)
+        for tensor, part in zip(alike, torch.split(flat, [t.numel() for t in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def score_zeros(like: Any, shape: Any) -> Tensor:

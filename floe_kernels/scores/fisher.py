@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from floe_kernels.nn import FusedMoELoRA
 from floe_kernels.scores.collector import FisherCollector
-from floe_kernels.scores.names import in_block
+from floe_kernels.scores.names import in_block, plain_name
 from floe_kernels.scores.record import FisherRecord
 
 #: variant -> (parameters, how), for those that read squares; the others read gate gradients.
@@ -148,14 +148,14 @@ def read_variant(record: FisherRecord, variant: str, aggregate: str = "layer") -
 def block_linears(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the frozen linears inside the model's numbered blocks, in order.
 
-    A linear that has experts keeps the name it had without.
+    A linear that has experts keeps the name it had without, under PEFT too.
     """
     adapted = [m for m in model.modules() if isinstance(m, FusedMoELoRA)]
     inner = {id(part) for m in adapted for part in (m.router, m.base_layer)}
-    return tuple(
-        name
+    linears = (
+        plain_name(name)
         for name, module in model.named_modules()
-        if in_block(name)
-        and id(module) not in inner
+        if id(module) not in inner
         and (isinstance(module, nn.Linear | FusedMoELoRA) or type(module).__name__ == "Conv1D")
     )
+    return tuple(dict.fromkeys(name for name in linears if in_block(name)))

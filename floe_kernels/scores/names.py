@@ -2,6 +2,8 @@
 
 import re
 
+# PEFT's wrapper around a model, and its name for an adapter's share of a linear
+_WRAPPED = re.compile(r"(?:base_model\.model\.)?(.*?)(?:\.floe_experts\.[^.]+)?")
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
 
@@ -21,6 +23,20 @@ def layer_of(name: str) -> str:
     """
     match = _BLOCK.match(name)
     return match.group() if match else name
+
+
+def plain_name(name: str) -> str:
+    """Return a module's name in the base model, without what PEFT's wrappers add to it.
+
+    Args:
+        name: Dotted module name, as ``named_modules`` gives it.
+
+    Example:
+        >>> plain_name("base_model.model.model.layers.3.q_proj.floe_experts.default")
+        'model.layers.3.q_proj'
+    """
+    match = _WRAPPED.fullmatch(name)
+    return match[1] if match else name
 
 
 def in_block(name: str) -> bool:

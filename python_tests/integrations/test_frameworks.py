@@ -279,7 +279,7 @@ def test_trl_trains_the_peft_config(tmp_path):
     assert len(layers) == 21
     assert all(layer.lora_B.abs().sum() > 0 for layer in layers)
     # uneven rows were padded: their padding reached the layers through TRL and PEFT
-    assert any(layer._routed[2] is not None and not layer._routed[2].all() for layer in layers)
+    assert any(not layer.routing.token_mask.all() for layer in layers)
 
 
 def test_fisher_scores_under_peft_are_those_under_a_plan():

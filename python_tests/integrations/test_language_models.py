@@ -31,8 +31,8 @@ def test_padding_on_the_left_changes_no_output(architecture):
         out = model(long, attention_mask=mask, position_ids=positions).logits[:, 3:]
     torch.testing.assert_close(out, alone)
     for layer in adapted_modules(model).values():
-        _logits, experts, token_mask = layer._routed
-        assert torch.equal(token_mask, mask.bool())
+        _logits, experts, token_mask = layer.routing
+        assert torch.equal(token_mask, mask.bool().flatten())
         picks = torch.bincount(experts[3:].reshape(-1), minlength=len(layer.ranks))
         torch.testing.assert_close(layer.expert_load(), picks / picks.sum(), check_dtype=False)
 

@@ -280,7 +280,7 @@ def test_padding_reaches_the_experts():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     model(input_ids=tokens(), attention_mask=mask)
     layer = next(iter(tuner.peft_layers(model, "default").values())).experts("default")
-    assert torch.equal(layer._routed[2], mask.bool())
+    assert torch.equal(layer.routing.token_mask, mask.bool().flatten())
 
 
 def test_generation_and_the_fisher_collector_work_through_peft():
