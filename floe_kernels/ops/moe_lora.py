@@ -140,9 +140,10 @@ def moe_lora_backward(
     )  # fmt: skip
 
 
-def _saved_like(
+def saved_like(
     x: Tensor, lora_A: Tensor, router_weight: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return z, experts, gates and logits, unwritten."""
     n, wide = x.shape[0], wide_dtype(x)
     return (
         x.new_empty(n, lora_A.shape[0]),
@@ -156,14 +157,14 @@ def _saved_like(
 def _(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
       scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
     out = x.new_empty(x.shape[0], weight.shape[0])
-    return out, *_saved_like(x, lora_A, router_weight, top_k)
+    return out, *saved_like(x, lora_A, router_weight, top_k)
 
 
 @torch.library.register_fake("floe::moe_lora")
 def _(x: Tensor, base_out: Tensor, lora_A: Tensor, lora_B: Tensor, router_weight: Tensor,
       scaling: Tensor, ranks: Any, top_k: int, *_: Any) -> Forward:  # fmt: skip
     out = base_out.new_empty(base_out.shape)
-    return out, *_saved_like(x, lora_A, router_weight, top_k)
+    return out, *saved_like(x, lora_A, router_weight, top_k)
 
 
 @torch.library.register_fake("floe::moe_lora_backward")
@@ -221,19 +222,21 @@ def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]
         )  # fmt: skip
     if torch.is_grad_enabled():  # create_graph=True
         operands = (grad_out, x, lora_A, lora_B, router_weight)
-        grads = _DifferentiatedOnce.apply(*grads, *operands)  # type: ignore[no-untyped-call]
+        grads = DifferentiatedOnce.apply(4, *grads, *operands)  # type: ignore[no-untyped-call]
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
+class DifferentiatedOnce(torch.autograd.Function):
     """Passes gradients through; a gradient of theirs raises instead of leaving this layer out."""
 
     @staticmethod
-    def forward(_ctx: Any, *grads_and_operands: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.clone() for grad in grads_and_operands[:4])
+    def forward(_ctx: Any, count: int, *grads_and_operands: Tensor) -> tuple[Tensor, ...]:
+        """Return copies of the first ``count``, the gradients."""
+        return tuple(grad.clone() for grad in grads_and_operands[:count])
 
     @staticmethod
     def backward(_ctx: Any, *_: Tensor) -> None:
+        """Refuse."""
         raise RuntimeError(
             "floe::moe_lora_backward has no autograd formula: for second derivatives use "
             "floe_kernels.reference.moe_lora"
@@ -327,17 +330,18 @@ _FOREIGN = object()
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Forward:
     """Call ``floe::moe_lora_linear``, the shorter way where nothing traces or transforms it."""
-    if _is_traced():
+    if is_traced():
         return moe_lora_linear(x, weight, bias, *shared)  # type: ignore[no-any-return]
     return _EagerFunction.apply(x, weight, bias, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def call(x: Tensor, base_out: Tensor, *shared: Any) -> Forward:
     """Call ``floe::moe_lora``, the shorter way where nothing traces or transforms it."""
-    if _is_traced():
+    if is_traced():
         return moe_lora(x, base_out, *shared)  # type: ignore[no-any-return]
     return _EagerFunction.apply(x, base_out, _FOREIGN, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Say whether somebody records the operators instead of running them."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -80,10 +80,24 @@ def adapter(
     x = drop_masked(x, token_mask)
     z = dropout(x, dropout_p, dropout_seed) @ lora_A.T.to(x.dtype)
     logits = x.to(wide) @ router_weight.T.to(wide)
+    return route(z, logits, scaling, ranks, top_k, shared_A, renormalize, token_mask)
+
+
+def route(
+    z: Tensor,
+    logits: Tensor,
+    scaling: Tensor,
+    ranks: Sequence[int],
+    top_k: int,
+    shared_A: bool,
+    renormalize: bool,
+    token_mask: Tensor | None,
+) -> Adapter:
+    """Choose experts by their logits, and scale and mask z accordingly."""
     gates, experts = topk_softmax(logits, top_k, renormalize)
     gates = drop_masked(gates, token_mask)
-    weight = scaling.to(wide) * column_gates(experts, gates, ranks)
-    h = (weight * packed_z(z, ranks, shared_A)).to(x.dtype)
+    weight = scaling.to(logits.dtype) * column_gates(experts, gates, ranks)
+    h = (weight * packed_z(z, ranks, shared_A)).to(z.dtype)
     return Adapter(h, z, experts, gates, logits)
 
 
