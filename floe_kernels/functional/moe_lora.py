@@ -105,7 +105,7 @@ def moe_lora_linear(
                 f"{name} is frozen here, got one that requires grad: "
                 "compute the base yourself and call moe_lora(x, base_out, ...)"
             )
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view is a node of the graph
     shared = _shared_arguments(
         rows, weight.shape[0], lora_A, lora_B, router_weight, ranks, top_k, scaling, shared_A,
         renormalize, token_mask, dropout_p, dropout_seed, aux_coefs, fisher,
@@ -114,7 +114,8 @@ def moe_lora_linear(
         return _no_experts(torch.nn.functional.linear(x, weight, bias), rows)
     with _no_autocast(x):
         out, _z, experts, gates, logits = ops.call_linear(rows, weight, bias, *shared)
-    out = out.view(*x.shape[:-1], weight.shape[0])
+    if x.ndim != 2:
+        out = out.view(*x.shape[:-1], weight.shape[0])
     return MoELoRAOutput(out, logits.detach(), experts, gates.detach())
 
 
