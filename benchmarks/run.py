@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         show(operations)
         return
     if options.quick:
-        options.op, options.cases, options.seconds, options.epochs = "all", "quick", 6.0, 3
+        options.op, options.cases, options.seconds, options.epochs = "all", "quick", 8.0, 4
     names = list(operations) if options.op == "all" else options.op.split(",")
     chosen = [
         (op, case)

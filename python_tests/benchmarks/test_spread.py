@@ -5,12 +5,17 @@ import random
 import pytest
 
 from benchmarks import compare
-from benchmarks.spread import Spread, overhead_ratio, quantile, ratio, seconds
+from benchmarks.spread import PROCESS, Spread, overhead_ratio, quantile, ratio, seconds
 from benchmarks.timing import Sample
 
 
 def row(values, quiet=True, epoch=0):
     return [Sample(v, 0.0 if quiet else 0.5, epoch) for v in values]
+
+
+def moved(median, low, high):
+    """Return a ratio's spread as it is stated: beyond what the rounds show."""
+    return pytest.approx((median, low * (1 - PROCESS), high * (1 + PROCESS)))
 
 
 def test_quantiles_interpolate():
@@ -22,32 +27,33 @@ def test_quantiles_interpolate():
 def test_common_noise_cancels_in_a_ratio():
     noise = [1.0, 7.0, 2.0, 30.0, 1.5]
     found = ratio(row([2 * n for n in noise]), row(noise))
-    assert found == pytest.approx((2.0, 2.0, 2.0))
+    assert found == moved(2.0, 2.0, 2.0)
     assert seconds(row(noise)).high > 2 * seconds(row(noise)).low
 
 
 def test_disturbed_rounds_do_not_count():
     base = row([1.0] * 8)
     mine = row([2.0] * 6) + row([50.0] * 2, quiet=False)
-    assert ratio(mine, base) == (2.0, 2.0, 2.0)
+    assert ratio(mine, base) == moved(2.0, 2.0, 2.0)
 
 
 def test_where_few_rounds_were_quiet_the_calmest_half_counts():
     mine = [Sample(float(i), 0.1 * i) for i in range(1, 13)]
-    assert ratio(mine, row([1.0] * 12)).high <= 6.0
+    assert ratio(mine, row([1.0] * 12)).high <= 6.0 * (1 + PROCESS)
     few = [Sample(1.0, 0.0), *row([50.0] * 3, quiet=False)]
-    assert ratio(few, row([1.0] * 4)).high == 50.0  # too few to leave any out
+    assert ratio(few, row([1.0] * 4)).high >= 50.0  # too few to leave any out
 
 
 def test_the_spread_holds_the_median_of_every_epoch():
     mine = row([1.0] * 30) + row([2.0] * 3, epoch=1)
-    assert ratio(mine, row([1.0] * 33)) == (1.0, 1.0, 2.0)
+    assert ratio(mine, row([1.0] * 33)) == moved(1.0, 1.0, 2.0)
 
 
 def test_overheads():
     base = row([1.0] * 10)
     found = overhead_ratio(row([1.3] * 10), row([1.6] * 10), base)
-    assert found == pytest.approx((0.5, 0.5, 0.5))
+    # ours is 1.3 of the base and may move by 2 % of that; the peer's overhead is 0.6 of it
+    assert found == pytest.approx((0.5, 0.5 - PROCESS * 1.3 / 0.6, 0.5 + PROCESS * 1.3 / 0.6))
     assert overhead_ratio(row([1.3] * 10), row([1.001] * 10), base) is None  # lost in noise
     assert overhead_ratio(row([0.9] * 10), row([1.6] * 10), base).median < 0  # faster than the base
 
