@@ -57,6 +57,7 @@ class FusedMoELoRAConfig(PeftConfig):
         use_rslora: Scale by ``lora_alpha / sqrt(rank)``.
         load_balance_coef: Coefficient of the load balancing loss.
         z_loss_coef: Coefficient of the router z-loss.
+        init_weights: Whether a new adapter changes nothing yet; False draws lora_B at random, too.
 
     Example:
         >>> FusedMoELoRAConfig(num_experts=4, r=8).peft_type
@@ -79,6 +80,7 @@ class FusedMoELoRAConfig(PeftConfig):
     use_rslora: bool = False
     load_balance_coef: float = 0.0
     z_loss_coef: float = 0.0
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,9 +142,9 @@ class FusedMoELoRAConfig(PeftConfig):
 class FusedMoELoRAModel(BaseTuner):
     """What ``get_peft_model`` makes of a model and a :class:`FusedMoELoRAConfig`.
 
-    Padding reaches the layers as under :func:`floe_kernels.apply_plan`. Adapters are float32, or
-    float64 on a float64 base, whatever ``autocast_adapter_dtype`` says. Several active adapters
-    add up, each with its own router. ``merge_adapter`` and ``merge_and_unload`` are refused unless
+    Padding reaches the layers as under :func:`floe_kernels.apply_plan`. Adapters are float32 on a
+    bfloat16 or float16 base, too, unless ``autocast_adapter_dtype`` is False. Several active
+    adapters add up, each with its own router. ``merge_adapter`` and ``merge_and_unload`` are refused unless
     :func:`set_merge_gates` stated gates, or there is one expert.
     """
 
@@ -151,8 +153,9 @@ class FusedMoELoRAModel(BaseTuner):
     target_module_mapping = {kind: list(names) for kind, names in DEFAULT_TARGETS.items()}  # noqa: RUF012
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self._batch = BatchContext()
-        self._batch_handles = BatchHook(model, self._batch).install(model)
+        if "_batch" not in self.__dict__:  # one for all adapters
+            self._batch = BatchContext()
+            self._batch_handles = BatchHook(model, self._batch).install(model)
 
     def _create_and_replace(
         self,
@@ -165,12 +168,18 @@ class FusedMoELoRAModel(BaseTuner):
         **_further: Any,
     ) -> None:
         options = peft_config.options(current_key)
-        inference = peft_config.inference_mode
+        how = {
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
         if isinstance(target, FusedMoELoRALayer):
-            target.update_layer(adapter_name, options, inference_mode=inference)
+            target.update_layer(adapter_name, options, **how)
             return
-        layer = FusedMoELoRALayer(target, self._batch).train(target.training)
-        layer.update_layer(adapter_name, options, inference_mode=inference)
+        try:
+            layer = FusedMoELoRALayer(target, self._batch).train(target.training)
+        except TypeError as error:
+            raise ValueError(f"target module {current_key!r} is not supported: {error}") from error
+        layer.update_layer(adapter_name, options, **how)
         self._replace_module(parent, target_name, layer, target)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

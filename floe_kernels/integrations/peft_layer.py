@@ -7,12 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from floe_kernels.nn import BatchContext, FusedMoELoRA
-from floe_kernels.nn.fused_moe_lora import is_conv1d, linear_weight
+from floe_kernels.nn.fused_moe_lora import (
+    is_conv1d,
+    kaiming_uniform_,
+    linear_features,
+    linear_weight,
+)
 
 try:
     from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 except ImportError as error:
     raise ImportError("PEFT's tuner needs peft: pip install floe-kernels[peft]") from error
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Experts(FusedMoELoRA):
@@ -54,6 +62,8 @@ class FusedMoELoRALayer(nn.Module, BaseTunerLayer):
         batch: What the model's hook writes about each batch.
 
     Attributes:
+        in_features: I.
+        out_features: O.
         floe_experts: Adapter name -> its experts.
         floe_router: Adapter name -> its router, ``nn.Linear(I, E, bias=False)``.
         merge_gates: Adapter name -> the fixed gates that merging may use, ``(E,)``.
@@ -71,6 +81,7 @@ class FusedMoELoRALayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, batch: BatchContext | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = linear_features(self._plain())
         self.batch = batch
         self.floe_experts = nn.ModuleDict()
         self.floe_router = nn.ModuleDict()
@@ -80,16 +91,26 @@ class FusedMoELoRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(
-        self, adapter_name: str, options: dict[str, Any], *, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        options: dict[str, Any],
+        *,
+        init_weights: bool = True,
+        inference_mode: bool = False,
     ) -> None:
-        """Add an adapter; it becomes active if none is.
+        """Add an adapter, in the base's dtype; it becomes active if none is.
 
         Args:
             adapter_name: Its name.
             options: Arguments of :class:`~floe_kernels.FusedMoELoRA`.
+            init_weights: Whether it starts as no change; False draws lora_B, too.
             inference_mode: Whether it stays frozen.
         """
-        experts = Experts(self.base_layer, **options)
+        weight = next(self._plain().parameters(), torch.empty(0))
+        dtype = weight.dtype if weight.dtype in _FLOATS else torch.float32  # packed: quantised
+        experts = Experts(self.base_layer, **options, dtype=dtype)
+        if not init_weights:
+            kaiming_uniform_(experts.lora_B)
         experts.batch = self.batch
         self.floe_experts[adapter_name] = experts.train(self.training)
         self.floe_router[adapter_name] = experts.router

@@ -1,14 +1,23 @@
 """Two processes over gloo end where one process does: DDP, FSDP2, Fisher scores, figures."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
-from adapting import adapted, tokens
+from adapting import adapted, randomise, tokens
 from torch.distributed.fsdp import fully_shard
 
 from floe_kernels import FisherCollector
 from floe_kernels.integrations.trainer import AuxLossScale
-from floe_kernels.integrations.transformers import adapted_modules
+from floe_kernels.integrations.transformers import (
+    adapted_modules,
+    find_modules,
+    fingerprint,
+    load_adapter,
+    save_adapter,
+)
+from floe_kernels.testing.models import tiny_model
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -99,10 +108,47 @@ def fisher(rank):
     return {"sums": record.sums, "counts": record.counts, "hits": record.hits}
 
 
-WORK = (ddp, fsdp, fsdp_on_a_rounded_base, fisher)
+def fisher_of_shards(rank):
+    model = shard(make())
+    record = score(model, model, [rank])
+    return {"sums": record.sums, "counts": record.counts, "hits": record.hits}
+
+
+def saved_by_shards(rank):
+    """Every process gathers and one writes; loaded onto shards, the values are those saved."""
+    plain, model = make(), shard(make())
+    assert fingerprint(model) == fingerprint(plain)
+    assert list(find_modules(model)) == list(find_modules(plain))
+    train(model, model, [rank])
+    save_adapter(model, "adapter")
+    again = shard(randomise(make(), seed=9))
+    load_adapter(again, "adapter")
+    ours, theirs = trained(model), trained(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return {"weights": ours}
+
+
+def refused_for_shards(rank):
+    messages = []
+    bare = shard(tiny_model("llama", num_hidden_layers=2))
+    for refused in (
+        lambda: load_adapter(bare, "adapter", check_base=False),
+        lambda: load_adapter(shard(make().float()), "adapter", check_base=False),
+        lambda: save_adapter(shard(make()), "adapter/adapter.json"),
+    ):
+        try:
+            refused()
+        except (ValueError, OSError) as error:
+            messages.append(str(error))
+    return messages
+
+
+WORK = (ddp, fsdp, fsdp_on_a_rounded_base, fisher, fisher_of_shards, saved_by_shards,
+        refused_for_shards)  # fmt: skip
 
 
 def work(rank, folder):
+    os.chdir(folder)
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
@@ -118,9 +164,13 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     """What both processes return; starting them is the slow part, so it is done once."""
-    folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
@@ -161,10 +211,12 @@ def test_figures_are_averaged_over_processes(results):
     assert abs(one["router_entropy"] - mean) < abs(figures[0]["router_entropy"] - mean)
 
 
-def test_fisher_scores_are_summed_once(results):
+@pytest.mark.parametrize("how", ["fisher", "fisher_of_shards"])
+def test_fisher_scores_are_summed_once(results, how):
     expected = score(model := make(), model, range(WORLD))
     for result in results:
-        got = result["fisher"]
+        got = result[how]
+        assert isinstance(got, dict), got
         assert got["counts"] == expected.counts
         assert got["counts"]["samples"] == 2 * WORLD * STEPS
         assert set(got["sums"]) == set(expected.sums)
@@ -177,6 +229,26 @@ def test_fisher_scores_are_summed_once(results):
 def test_sharding_takes_a_base_of_another_dtype(results):
     for result in results:
         assert result["fsdp_on_a_rounded_base"] == {"dtypes": ["torch.bfloat16", "torch.float32"]}
+
+
+def test_an_adapter_saved_by_shards_is_like_any_other(results, alone, folder):
+    weights, _scale = alone
+    for result in results:
+        assert isinstance(result["saved_by_shards"], dict), result["saved_by_shards"]
+    model = load_adapter(tiny_model("llama", num_hidden_layers=2).double(), folder / "adapter")
+    saved = trained(model)
+    assert saved.keys() == weights.keys()
+    for name, value in results[0]["saved_by_shards"]["weights"].items():
+        assert torch.equal(saved[name], value)
+        torch.testing.assert_close(value, weights[name])
+
+
+def test_what_shards_cannot_do_every_process_is_told(results):
+    for result in results:
+        unplanned, rounded, no_folder = result["refused_for_shards"]
+        assert "must be applied before the model is sharded" in unplanned
+        assert "must have its adapter's dtype to load it, got torch.float32" in rounded
+        assert "adapter.json" in no_folder
 
 
 def test_adapters_are_found_below_a_wrapper():

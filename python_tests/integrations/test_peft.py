@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from adapting import tokens, uneven_plan
 
-from floe_kernels import FisherCollector, FusedMoELoRA
+from floe_kernels import FusedMoELoRA
 from floe_kernels.integrations.transformers import adapted_modules, apply_plan
 from floe_kernels.testing.models import tiny_model
 
@@ -283,21 +283,6 @@ def test_padding_reaches_the_experts():
     assert torch.equal(layer.routing.token_mask, mask.bool().flatten())
 
 
-def test_generation_and_the_fisher_collector_work_through_peft():
-    model = shake(wrapped(Config(num_experts=2, r=2, task_type="CAUSAL_LM")))
-    ids = tokens(2, 5)
-    out = model.generate(
-        input_ids=ids, max_new_tokens=3, num_beams=2, do_sample=False, eos_token_id=None
-    )
-    assert out.shape == (2, 8)
-    with FisherCollector(model) as collector:
-        model(input_ids=ids, labels=ids).loss.backward()
-        collector.step()
-    scores = collector.read(how="mean", aggregate="module")
-    assert len(scores) == 21
-    assert all(value > 0 for value in scores.values())
-
-
 def test_compiled_without_a_break():
     model = shake(wrapped(Config(num_experts=2, r=2, target_modules=["q_proj"])))
     model.add_adapter("other", Config(num_experts=2, r=1, target_modules=["q_proj"]))
@@ -308,6 +293,68 @@ def test_compiled_without_a_break():
         got = compiled(tokens()).logits
     torch.testing.assert_close(got, logits(model))
     torch._dynamo.reset()
+
+
+def test_several_adapters_share_one_hook():
+    model = wrapped(Config(num_experts=2, r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", Config(num_experts=2, r=2, target_modules=["v_proj"]))
+    contexts = {id(m.batch) for m in model.modules() if isinstance(m, FusedMoELoRA)}
+    assert len(contexts) == 1
+    base = model.unload()
+    assert not base._forward_pre_hooks
+    assert not base._forward_hooks
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_have_the_dtype_that_peft_promises(base, autocast):
+    bare, config = tiny_model("llama").to(base), Config(num_experts=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(bare, config, autocast_adapter_dtype=autocast)
+    model.add_adapter("other", config, autocast_adapter_dtype=autocast)
+    want = torch.promote_types(base, torch.float32) if autocast else base
+    assert {p.dtype for n, p in model.named_parameters() if "floe_" in n} == {want}
+    scalings = [b for n, b in model.named_buffers() if n.endswith(".scaling")]
+    assert {b.dtype for b in scalings} == {torch.float32}
+    shake(model)(input_ids=tokens(), labels=tokens()).loss.backward()
+
+
+def test_weights_that_start_at_random():
+    model = wrapped(Config(num_experts=2, r=2, target_modules=["q_proj"], init_weights=False))
+    assert not torch.equal(logits(model), base_logits())
+
+
+def test_a_module_that_is_no_linear_is_refused():
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' is not supported.*got Embedding"):
+        wrapped(Config(target_modules=["embed_tokens"]))
+
+
+def test_a_model_that_is_not_of_transformers(tmp_path):
+    class Regression(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(10, 20), torch.nn.Linear(20, 2)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    def make():
+        torch.manual_seed(0)
+        return Regression()
+
+    x = torch.randn(9, 10)
+    config = Config(target_modules=["first"], num_experts=3, r=4, modules_to_save=["second"])
+    model = peft.get_peft_model(make(), config)
+    assert torch.equal(model(x), make()(x))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model(x), make()(x))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), make()(x))
 
 
 def test_a_copy_stands_on_its_own_base():
