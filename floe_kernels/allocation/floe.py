@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from floe_kernels.allocation.arguments import finite, nearest, whole
+from floe_kernels.allocation.budget import allocate_budget
 from floe_kernels.allocation.costs import Unit, experts_cost
 from floe_kernels.allocation.knapsack import knapsack
 from floe_kernels.allocation.refinement import refine as refine_mask
@@ -38,6 +39,7 @@ def floe(
     per: Per | None = None,
     costs: Mapping[str, float] | None = None,
     budget: float | None = None,
+    total: int | None = None,
     unit: Unit = "parameters",
     gradients: Gradients | None = None,
     refine: bool = True,
@@ -48,8 +50,9 @@ def floe(
     Without ``costs`` and ``budget``: the :math:`\lceil keep \cdot L \rceil` best. With either:
     the set of highest total score that the budget pays (``knapsack``, exact). Given per-sample
     gate gradients, the set is then refined by swaps that also count how layers act together
-    (``refine``). Ties keep model order. After arXiv 2506.00495, whose constraint is read as that
-    of arXiv 2204.09656.
+    (``refine``). Ties keep model order. With ``total`` the best are kept likewise, and share it
+    equally in place of ``experts`` each, so that methods can be compared at one cost. After arXiv
+    2506.00495, whose constraint is read as that of arXiv 2204.09656.
 
     Args:
         scores: Layer or module name -> finite number, larger = more worth adapting.
@@ -59,7 +62,10 @@ def floe(
         per: ``"layer"`` or ``"module"``; None takes what the scores are keyed by.
         costs: Unit name -> cost above 0; None counts each unit's experts in ``unit``.
         budget: What the kept units may cost together.
-        unit: What ``budget`` is counted in without ``costs``: ``"parameters"`` or ``"bytes"``.
+        total: Experts, parameters or bytes that the kept units share, as in ``allocate_budget``;
+            not beside ``costs`` or ``budget``.
+        unit: What ``total`` is counted in, and ``budget`` without ``costs``: ``"experts"`` (of a
+            layer counted once for its linears), ``"parameters"`` or ``"bytes"``.
         gradients: Gate gradients: unit name -> one number a sample, or N samples by L units.
         refine: Refine the choice; without ``gradients`` there is nothing to refine on.
         options: ``rank``, ``top_k``, ``lora_alpha`` and the others of ``PlanOptions``.
@@ -80,6 +86,8 @@ def floe(
     names, values = list(by_unit), list(by_unit.values())
     experts = whole(experts, "experts", least=1)
     share = keep_count(keep, len(names))
+    if total is not None and (costs is not None or budget is not None):
+        raise ValueError("total cannot be given beside costs or budget: they choose the layers too")
     prices: list[float] | None = None
     if costs is not None:
         prices = _costs(costs, names)
@@ -87,7 +95,9 @@ def floe(
         budget = float(f"{keep * sum(prices):.12g}") if budget is None else budget
     elif budget is not None:
         prices = [
-            sum(
+            experts
+            if unit == "experts"
+            else sum(
                 experts_cost(
                     [modules[m]],
                     experts,
@@ -102,8 +112,11 @@ def floe(
     kept = best(values, share) if prices is None else knapsack(values, prices, budget or 0)
     record: dict[str, JSON] = {
         "scores": {**by_unit},
-        "arguments": {"keep": keep, "experts": experts, "budget": budget, "refine": refine},
-    }
+        "arguments": {
+            "keep": keep, "experts": experts, "budget": budget, "total": total, "unit": unit,
+            "refine": refine,
+        },
+    }  # fmt: skip
     if refine and gradients is not None:
         result = refine_mask(_matrix(gradients, names), kept, costs=prices, budget=budget)
         record["refinement"] = {
@@ -114,7 +127,19 @@ def floe(
         }
         kept = result.kept
     record["kept"] = [names[i] for i in kept]
-    return plan_of({names[i]: experts for i in kept}, modules, per, "floe", record, options)
+    counts = dict.fromkeys([names[i] for i in kept], experts)
+    if total is not None:
+        members = unit_members(modules, per)
+        counts = allocate_budget(
+            dict.fromkeys(counts, 1.0),
+            {m: modules[m] for name in counts for m in members[name]},
+            total,
+            unit=unit,
+            per=per,
+            rank=options.get("rank", 8),
+            shared_A=options.get("shared_A", False),
+        )
+    return plan_of(counts, modules, per, "floe", record, options)
 
 
 def _costs(costs: Mapping[str, float], names: list[str]) -> list[float]:

@@ -149,14 +149,14 @@ def lora_smoe(
     for task, values in by_task.items():
         for name, score in values.items():
             finite(score, f"the score of {name!r} in {task!r}", least=0)
-    record: dict[str, JSON] = {"scores": {**_mean_share(by_task)}, "tasks": list(by_task)}
+    record: dict[str, JSON] = {"scores": {**mean_share(by_task)}, "tasks": list(by_task)}
     if total is None:
         counts = votes(by_task, p=p, pool=pool)
         record["arguments"] = {"p": p, "pool": pool if isinstance(pool, str) else dict(pool)}
     else:
         rank, shared_A = options.get("rank", 8), options.get("shared_A", False)
         counts = allocate_budget(
-            _mean_share(by_task), modules, total,
+            mean_share(by_task), modules, total,
             unit=unit, per=per, beta=beta, lo=lo, hi=hi, rank=rank, shared_A=shared_A,
         )  # fmt: skip
         record["arguments"] = {"total": total, "unit": unit, "beta": beta, "lo": lo, "hi": hi}
@@ -177,7 +177,13 @@ def _names(scores: TaskScores) -> list[str]:
     return list(scores[first])
 
 
-def _mean_share(by_task: TaskScores) -> dict[str, float]:
+def mean_share(by_task: TaskScores) -> dict[str, float]:
+    """Return every unit's share of a task's sensitivity, averaged over the tasks.
+
+    Example:
+        >>> mean_share({"a": {"q": 1.0, "v": 3.0}, "b": {"q": 10.0, "v": 10.0}})
+        {'q': 0.375, 'v': 0.625}
+    """
     sums = {task: sum(values.values()) or 1.0 for task, values in by_task.items()}
     return {
         name: sum(by_task[task][name] / sums[task] for task in by_task) / len(by_task)

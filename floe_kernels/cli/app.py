@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from floe_kernels.cli import bench, demo, evaluate, info, plan, score, show, train, tune
+from floe_kernels.cli import bench, compare, demo, evaluate, info, plan, score, show, train, tune
 from floe_kernels.cli.arguments import AskedWrongly
 
 # click's, which newer typers bring themselves
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (tune, score, plan, train, evaluate, show, info, bench, demo):
+for module in (tune, score, plan, train, evaluate, compare, show, info, bench, demo):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -1,57 +1,65 @@
-"""``floe plan``: turn scores into a plan."""
+"""``floe plan``: turn scores and a budget into a plan."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from floe_kernels.allocation import POLICIES
-from floe_kernels.cli.arguments import AskedWrongly, checked, takes_options
-from floe_kernels.cli.progress import console
-from floe_kernels.cli.tables import print_table
-from floe_kernels.pipeline.score_file import ScoreFile
+from floe_kernels.cli.arguments import MODEL, AskedWrongly, checked, takes_options
+from floe_kernels.cli.picture import print_plan
+from floe_kernels.cli.progress import TerminalProgress
+from floe_kernels.pipeline import files
+from floe_kernels.pipeline.measurements import Measurement
+from floe_kernels.pipeline.methods import LIST, make_plan, read_method
+from floe_kernels.pipeline.tune import describe_model
 
-METHODS = ("floe", "uniform", "random", "by_position")
-
-
-@takes_options(
-    "keep", "experts", "rank", "top_k", "alpha", "dropout", "shared_a", "rslora", "refine", "seed",
-    rank=8,
+OPTIONS = (
+    "budget", "unit", "per", "lo", "hi", "beta", "keep", "refine", "percent", "pool", "how",
+    "where", "compat", "experts", "rank", "top_k", "alpha", "dropout", "shared_a", "rslora",
+    *MODEL, "seed",
 )  # fmt: skip
+
+
+@takes_options(*OPTIONS, rank=8)
 def command(
     given: dict[str, Any],
     asked: dict[str, Any],
-    scores: Annotated[Path, typer.Argument(help="What floe score wrote.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "floe",
+    scores: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="What floe score wrote; several files of --method sensitivity are several tasks. "
+            "None: a plan for --model by a method that needs no scores."
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help=f"{LIST}; mola-PRESET as in mola-8642; inverted-METHOD as a control."),
+    ] = "floe",
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
 ) -> None:
-    """Choose the layers that get experts, and write the plan to a file."""
-    if method not in METHODS:
-        raise AskedWrongly(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    """Decide which linears get how many experts, draw it, and write the plan to a file."""
+    progress = TerminalProgress()
+    try:
+        chosen = read_method(method)
+    except ValueError as error:
+        raise AskedWrongly(f"--method: {error}") from error
     options = checked(asked)
     if not options.rank:
         raise AskedWrongly("--rank must be >= 1 here, got 0: floe tune searches for it")
-    found = ScoreFile.load(scores)
-    keywords: dict[str, Any] = {
-        "experts": options.experts,
-        "base_model": found.model,
-        "fingerprint": found.fingerprint,
-        **options.adapter(options.rank),
-    }
-    if method != "uniform":
-        keywords["keep"] = options.keep
-    if method == "random":
-        keywords["seed"] = options.seed
-    if method == "floe":
-        keywords |= {"gradients": found.gradients, "refine": options.refine}
-        plan = POLICIES[method](found.scores, found.modules, **keywords)
+    if scores:
+        found = Measurement.join([Measurement.load(path) for path in scores])
+    elif chosen.needs:
+        raise AskedWrongly(
+            f"--method {chosen.name} needs a file of scores: floe score --method {chosen.needs}"
+        )
     else:
-        plan = POLICIES[method](found.modules, **keywords)
+        found = describe_model(options, progress)
+    files.check_writable(out.parent)
+    plan = make_plan(
+        chosen, found.modules, found if chosen.needs else None, options,
+        rank=options.rank, seed=options.seed,
+        base_model=found.model, fingerprint=found.fingerprint,
+    )  # fmt: skip
     plan.save(out)
-    layers = list(dict.fromkeys(spec.layer for spec in found.modules.values()))
-    rows = [(name, f"{found.scores.get(name, 0.0):.4g}") for name in plan.layers()]
-    print_table(console(), ("layer kept", "score"), rows)
-    console().print(
-        f"{len(plan.layers())} of {len(layers)} layers, {plan.parameters():,} trainable "
-        f"parameters. In {out}; next: floe train --plan {out}"
-    )
+    print_plan(progress.console, plan)
+    progress.say(f"In {out}; next: floe train --plan {out}")

@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
     held_out: Samples
     pad: int  #: token id that fills up batches
     notes: list[str]  #: what a user should know
+    tasks: dict[str, Samples]  #: the training samples by the file that they are from
 
     def facts(self) -> dict[str, str]:
         """Return what a resumed run must find unchanged."""
@@ -35,7 +36,8 @@ class Dataset(NamedTuple):
 def load_dataset(options: Options, tokenizer: Any, *, most_tokens: int | None = None) -> Dataset:
     """Read, split and encode what ``options.data`` and ``options.held_out`` name.
 
-    Records are split by question, a text at its end, the standard library by module.
+    Records are split by question, a text at its end, the standard library by module. Several files
+    are each split alike, and joined; each of them is a task.
 
     Args:
         options: Of the run.
@@ -55,20 +57,40 @@ def load_dataset(options: Options, tokenizer: Any, *, most_tokens: int | None = 
             f"got {options.length}"
         )
     notes: list[str] = []
-    if options.data == STDLIB:
-        train, held_out = _stdlib(options, tokenizer)
-    elif options.held_out:
-        train = _encode(options.data, tokenizer, options.length, notes)
-        held_out = _encode(options.held_out, tokenizer, options.length, notes)
+    names = file_names(options.data)
+    if options.held_out:
+        parts = [_encode(name, tokenizer, options, notes) for name in names]
+        others = file_names(options.held_out)
+        held_out = Samples.join(
+            [_encode(name, tokenizer, options, notes, held_out=True) for name in others]
+        )
     else:
-        train, held_out = _split(options, tokenizer, notes)
+        pairs = [_split(name, tokenizer, options, notes) for name in names]
+        parts, held_out = [train for train, _ in pairs], Samples.join([out for _, out in pairs])
+    train = Samples.join(parts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Dataset(
         draw(train, options.max_samples, options.seed, "training samples"),
         draw(held_out, options.eval_samples, options.seed, "held-out samples"),
         pad or 0,
         notes,
+        dict(zip(_titles(names), parts, strict=True)),
     )
+
+
+def file_names(text: str) -> list[str]:
+    """Return the files that ``--data`` or ``--held-out`` names; a comma may be part of a name.
+
+    Example:
+        >>> file_names("arc.json, openbookqa.json")
+        ['arc.json', 'openbookqa.json']
+    """
+    if not text or Path(text).exists():
+        return [text] if text else []
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every file must be named once, got {text!r}")
+    return names
 
 
 def check_data(options: Options) -> None:
@@ -81,9 +103,11 @@ def check_data(options: Options) -> None:
         ValueError: A file is malformed, or none is named.
         OSError: A file cannot be read.
     """
-    if not options.data:
+    if not file_names(options.data):
         raise ValueError("--data must name a .jsonl, .json or .txt file, or stdlib, got nothing")
-    for name in {options.data, options.held_out} - {STDLIB, ""}:
+    for name in dict.fromkeys(file_names(options.data) + file_names(options.held_out)):
+        if name == STDLIB:
+            continue
         path = _path(name)
         read_text(path) if path.suffix == ".txt" else read_records(path)
 
@@ -97,8 +121,18 @@ def _path(name: str) -> Path:
     return path
 
 
-def _encode(name: str, tokenizer: Any, length: int, notes: list[str]) -> Samples:
-    path = _path(name)
+def _titles(names: list[str]) -> list[str]:
+    """Call a task by its file's stem, or by the whole name where two stems are alike."""
+    stems = [Path(name).stem for name in names]
+    return [stem if stems.count(stem) == 1 else n for n, stem in zip(names, stems, strict=True)]
+
+
+def _encode(
+    name: str, tokenizer: Any, options: Options, notes: list[str], *, held_out: bool = False
+) -> Samples:
+    if name == STDLIB:
+        return _stdlib(options, tokenizer)[int(held_out)]
+    path, length = _path(name), options.length
     if path.suffix == ".txt":
         return encode_texts([read_text(path)], tokenizer, length)
     samples, cut = encode_records(read_records(path), tokenizer, length)
@@ -106,8 +140,12 @@ def _encode(name: str, tokenizer: Any, length: int, notes: list[str]) -> Samples
     return samples
 
 
-def _split(options: Options, tokenizer: Any, notes: list[str]) -> tuple[Samples, Samples]:
-    path, length = _path(options.data), options.length
+def _split(
+    name: str, tokenizer: Any, options: Options, notes: list[str]
+) -> tuple[Samples, Samples]:
+    if name == STDLIB:
+        return _stdlib(options, tokenizer)
+    path, length = _path(name), options.length
     if path.suffix == ".txt":
         texts = split_text(read_text(path), options.held_out_fraction)
         train, held_out = (encode_texts([text], tokenizer, length) for text in texts)

@@ -10,15 +10,13 @@ import torch
 from floe_kernels.allocation import uniform
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
 from floe_kernels.pipeline.datasets import STDLIB
-from floe_kernels.pipeline.encoding import draw
-from floe_kernels.pipeline.evaluation import evaluate
-from floe_kernels.pipeline.machine import describe_machine, fastest_threads
-from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.options import Options, Rank
 from floe_kernels.pipeline.packages import check_packages
 from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.report import write_report
 from floe_kernels.pipeline.runs import Run
 from floe_kernels.pipeline.search import judges_of
+from floe_kernels.pipeline.threads import choose_threads
 from floe_kernels.pipeline.training import Recipe, train
 from floe_kernels.pipeline.tune import ALL, FLOE, find_rank, open_bench, train_all
 from floe_kernels.pipeline.workbench import Workbench
@@ -26,7 +24,6 @@ from floe_kernels.pipeline.workbench import Workbench
 AIM_S = 480.0  # of the ten minutes that it may take
 LAST_S = 540.0  # no training step starts later
 REPORT_S = 10.0
-PROBED = 4  # samples of a forward pass that measures threads
 MEASURED_STEPS = 3
 MEASURED_RANK = 8
 MOST_STEPS, LEAST_STEPS = 80, 8
@@ -73,7 +70,7 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
     clock = Clock()
     check_packages(options)
     bench = open_bench(run, options, progress)
-    _choose_threads(bench)
+    choose_threads(bench)
     _, evaluation = clock.timed(bench.base_loss)
     if "pace" not in run.state:
         seconds = measure_step(bench)
@@ -207,24 +204,6 @@ def _searching(options: Options) -> float:
     return options.trials * (options.search_steps * SEARCHED + judging)
 
 
-def _choose_threads(bench: Workbench) -> None:
-    """On a CPU that others keep busy, work with one thread; stay with what was chosen first."""
-    if bench.loaded.device.type == "cuda" or bench.options.threads:
-        return
-    if "threads" not in bench.run.state:
-        few = draw(bench.dataset.train, PROBED, bench.options.seed, "threads")
-        chosen = fastest_threads(
-            lambda: evaluate(bench.model, few, batch_size=PROBED, pad=bench.dataset.pad)
-        )
-        bench.run.finish("threads", {"chosen": chosen})
-    chosen, most = bench.run.state["threads"]["chosen"], torch.get_num_threads()
-    if chosen != most:
-        bench.progress.say(f"others keep this machine busy: 1 thread is faster than {most}")
-        torch.set_num_threads(chosen)
-        machine = describe_machine(bench.loaded.device)
-        bench.run.finish("machine", machine)
-
-
 def _trainable(options: Options, left: float, seconds: float) -> int:
     """Return the steps of a training: what time, request and data allow."""
     return min(options.steps or MOST_STEPS, MOST_STEPS, affordable(left, seconds))
@@ -236,7 +215,7 @@ def _scorable(options: Options, left: float, seconds: float) -> int:
     return min(options.score_samples, batches * options.batch_size)
 
 
-def _step_seconds(bench: Workbench, rank: int) -> float:
+def _step_seconds(bench: Workbench, rank: Rank) -> float:
     """Return the seconds of a step with all layers: of the trial with this rank, or as measured."""
     options = bench.options
     judging = 2 * FORWARD * math.ceil(judges_of(options) / options.batch_size)

@@ -48,6 +48,18 @@ class Samples:
             torch.tensor(answers, dtype=torch.int64),
         )
 
+    @classmethod
+    def join(cls, parts: Sequence["Samples"]) -> "Samples":
+        """Put several sets of samples one behind the other; one alone is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        before, shifted = 0, [torch.zeros(1, dtype=torch.int64)]
+        for part in parts:
+            shifted.append(part.starts[1:] + before)
+            before += int(part.starts[-1])
+        tokens, answers = ([getattr(p, name) for p in parts] for name in ("tokens", "answers"))
+        return cls(torch.cat(tokens), torch.cat(shifted), torch.cat(answers))
+
     def __len__(self) -> int:
         return len(self.answers)
 

@@ -5,11 +5,17 @@ means the same in Python, in the shell and in ``config.json``.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
 from floe_kernels._types import JSON
+from floe_kernels.functional.spectrum import METHODS
+from floe_kernels.scores.influence import PARTS
+
+Rank: TypeAlias = int | Mapping[str, int]
+"""One rank for all experts, or layer name -> rank."""
 
 VARIANTS = ("init", "gate", "param_sum", "param_mean", "taylor1", "base")
 WARMED = ("gate", "param_sum", "param_mean", "taylor1")
@@ -59,7 +65,8 @@ class Options:
     data: str = option(
         "",
         "FILE.jsonl or FILE.json with instruction, input and output, FILE.txt, "
-        "or stdlib: the functions of Python's standard library.",
+        "or stdlib: the functions of Python's standard library. Several, comma separated, are "
+        "joined; each is a task.",
         "Data",
     )
     held_out: str = option("", "Such a file to evaluate on; empty: a part of the data.", "Data")
@@ -79,7 +86,19 @@ class Options:
     shared_a: bool = option(False, "One lora_A for all experts of a linear (HydraLoRA).", "Adapter")
     rslora: bool = option(False, "Scale by alpha / sqrt(rank).", "Adapter")
     ranks: str = option("2,4,8,16,32", "Ranks to choose from, comma separated.", "Rank search")
-    trials: int = option(5, "Complete trials.", "Rank search", ">= 1")
+    groups: int = option(1, "Groups of layers, by depth, with a rank each.", "Rank search", ">= 1")
+    search_experts: str = option(
+        "", "Numbers of experts to choose from as well; empty: --experts.", "Rank search"
+    )
+    search_keep: str = option(
+        "", "Fractions kept to choose from as well; empty: all layers, then --keep.", "Rank search"
+    )
+    objectives: str = option(
+        "loss",
+        "loss, or loss,parameters: the Pareto front of both; the lowest loss is taken.",
+        "Rank search",
+    )
+    trials: int = option(5, "Complete trials; a grid tries every point.", "Rank search", ">= 1")
     search_steps: int = option(10, "Training steps of a trial.", "Rank search", ">= 1")
     search_samples: int = option(
         64, "Samples of the split that trials train on.", "Rank search", ">= 1"
@@ -87,7 +106,15 @@ class Options:
     search_minutes: float = option(
         0.0, "Start no trial after so long; 0: no limit.", "Rank search", ">= 0"
     )
-    sampler: str = option("gp", "gp, tpe, random or grid.", "Rank search")
+    sampler: str = option(
+        "gp", "gp, tpe, random, or grid: all there is, to judge the others by.", "Rank search"
+    )
+    storage: str = option(
+        "",
+        "File of trials (.journal or .db) that several runs share, a process each; "
+        "empty: the run's own.",
+        "Rank search",
+    )
     mu: float = option(
         0.0, "Loss that a million trainable parameters must be worth.", "Rank search", ">= 0"
     )
@@ -101,6 +128,31 @@ class Options:
     )
     keep: float = option(0.25, "Fraction of the layers that get experts.", "Layers", "in (0, 1]")
     refine: bool = option(True, "Refine the choice by how layers act together (gate).", "Layers")
+    spectrum: str = option("median", f"Estimator of the tail: {', '.join(METHODS)}.", "Measuring")
+    cache: str = option(
+        "runs/spectra", "Folder that keeps spectra by weight; empty: none.", "Measuring"
+    )
+    part: str = option("positive", "Influence: the positive part, or all of it.", "Measuring")
+    budget: int = option(0, "What the plan may spend, in --unit; 0: no budget.", "Budget", ">= 0")
+    unit: str = option(
+        "experts",
+        "experts (a layer's linears counted once; per module: each), parameters, or bytes of "
+        "Adam's state.",
+        "Budget",
+    )
+    per: str = option("", "Decide by layer or module; empty: as the method does.", "Budget")
+    lo: int = option(-1, "Least experts of each; -1: as the method does.", "Budget", ">= -1")
+    hi: int = option(0, "Most experts of each; 0: no bound.", "Budget", ">= 0")
+    beta: float = option(
+        -1.0, "Exponent of the shares; -1: 2.5 for alphalora, 1 for others.", "Budget", ">= -1"
+    )
+    percent: float = option(
+        60.0, "lora_smoe without a budget: linears that win a task's vote.", "Method", "in 0..100"
+    )
+    pool: str = option("all", "lora_smoe: linears that vote together: all, or by type.", "Method")
+    how: str = option("sum", "lora_smoe: sum over a matrix's elements, or mean.", "Method")
+    where: str = option("spaced", "by_position: first, middle, last or spaced.", "Method")
+    compat: bool = option(False, "alphalora: round as the authors' program does.", "Method")
     epochs: float = option(1.0, "Passes over the data, unless --steps is given.", "Training", "> 0")
     steps: int = option(0, "Optimiser steps; 0: by --epochs.", "Training", ">= 0")
     batch_size: int = option(8, "Samples of a forward pass.", "Training", ">= 1")
@@ -135,6 +187,12 @@ class Options:
                 f"--top-k must be in 1..E = 1..{self.experts} (--experts), got {self.top_k}"
             )
         self.rank_choices()
+        self.expert_choices()
+        self.keep_choices()
+
+    def target_names(self) -> list[str] | None:
+        """Read ``targets``; None where they are the usual ones."""
+        return [name.strip() for name in self.targets.split(",") if name.strip()] or None
 
     def rank_choices(self) -> tuple[int, ...]:
         """Read ``ranks``.
@@ -150,12 +208,70 @@ class Options:
             )
         return choices
 
-    def adapter(self, rank: int) -> dict[str, Any]:
-        """Return the keywords that every policy takes, for experts of one rank."""
+    def expert_choices(self) -> tuple[int, ...]:
+        """Read ``search_experts``; nothing if it is empty.
+
+        Raises:
+            ValueError: It is no list of different whole numbers of at least 1.
+        """
+        parts = [part.strip() for part in self.search_experts.split(",") if part.strip()]
+        choices = tuple(int(part) for part in parts if part.isdecimal())
+        if len(set(choices)) != len(parts) or min(choices, default=1) < 1:
+            raise ValueError(
+                "--search-experts must be different whole numbers >= 1, comma separated, "
+                f"got {self.search_experts!r}"
+            )
+        return choices
+
+    def keep_choices(self) -> tuple[float, ...]:
+        """Read ``search_keep``; nothing if it is empty.
+
+        Raises:
+            ValueError: It is no list of different numbers in (0, 1].
+        """
+        parts = [part.strip() for part in self.search_keep.split(",") if part.strip()]
+        try:
+            choices = tuple(float(part) for part in parts)
+        except ValueError:
+            choices = (0.0,)
+        if len(set(choices)) != len(parts) or not all(0 < c <= 1 for c in choices):
+            raise ValueError(
+                "--search-keep must be different numbers in (0, 1], comma separated, "
+                f"got {self.search_keep!r}"
+            )
+        return choices
+
+    def search_space(self) -> dict[str, tuple[Any, ...]]:
+        """Return what a search chooses from: ranks and, where asked for, experts and fractions."""
+        space: dict[str, tuple[Any, ...]] = {"rank": self.rank_choices()}
+        if self.search_experts:
+            space["experts"] = self.expert_choices()
+        if self.search_keep:
+            space["keep"] = self.keep_choices()
+        return space
+
+    def chosen(self, config: Mapping[str, Any]) -> "Options":
+        """Return the options with the experts and the fraction that a search chose.
+
+        Args:
+            config: A point of the search's space; what it does not hold stays.
+        """
+        experts = int(config.get("experts", self.experts))
+        keep = float(config.get("keep", self.keep))
+        return replace(self, experts=experts, keep=keep, top_k=min(self.top_k, experts))
+
+    def adapter(self, rank: Rank) -> dict[str, Any]:
+        """Return the keywords that every policy takes.
+
+        Args:
+            rank: Of every expert; or of each layer's, whose mean then gives alpha.
+        """
+        mean = rank if isinstance(rank, int) else statistics.fmean(rank.values())
+        usual = self.shared_a or self.top_k == 2  # 2 drops to 1 by itself where E is 1
         return {
             "rank": rank,
-            "top_k": None if self.shared_a else self.top_k,
-            "lora_alpha": self.alpha or 2.0 * rank,
+            "top_k": None if usual else self.top_k,
+            "lora_alpha": self.alpha or 2.0 * mean,
             "lora_dropout": self.dropout,
             "shared_A": self.shared_a,
             "use_rslora": self.rslora,
@@ -177,7 +293,9 @@ def flag_of(name: str) -> str:
 
 
 RULES: dict[str, Callable[[float], bool]] = {
+    ">= -1": lambda v: v >= -1,
     ">= 0": lambda v: v >= 0,
+    "in 0..100": lambda v: 0 <= v <= 100,
     ">= 1": lambda v: v >= 1,
     ">= 2": lambda v: v >= 2,
     "> 0": lambda v: v > 0,
@@ -189,6 +307,14 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("auto", "cpu", "cuda"),
     "sampler": ("gp", "tpe", "random", "grid"),
+    "objectives": ("loss", "loss,parameters"),
+    "spectrum": METHODS,
+    "part": PARTS,
+    "unit": ("experts", "parameters", "bytes"),
+    "per": ("", "layer", "module"),
+    "pool": ("all", "type"),
+    "how": ("sum", "mean"),
+    "where": ("first", "middle", "last", "spaced"),
     "schedule": ("cosine", "constant"),
     "variant": VARIANTS,
 }

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 KEPT, LEFT, INK = "#0b6e4f", "#c9d3cf", "#333333"
@@ -46,7 +46,7 @@ def importance_plot(scores: Mapping[str, float], kept: Sequence[str], title: str
     Returns:
         An ``<svg>`` element.
     """
-    with _figure((7.2, 2.8), "importance") as drawing:
+    with figure((7.2, 2.8), "importance") as drawing:
         axes = drawing.axes
         chosen = [name in set(kept) for name in scores]
         places = range(len(scores))
@@ -80,7 +80,7 @@ def search_plot(trials: Sequence[Mapping[str, Any]], best: int) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    with _figure((7.2, 2.8), "search") as drawing:
+    with figure((7.2, 2.8), "search") as drawing:
         axes = drawing.axes
         complete = [t for t in trials if t["state"] == "complete" and t["loss"] is not None]
         ranks = sorted({t["rank"] for t in trials})
@@ -104,6 +104,36 @@ def search_plot(trials: Sequence[Mapping[str, Any]], best: int) -> str:
     return drawing.svg
 
 
+def front_plot(trials: Sequence[Mapping[str, Any]], front: Collection[int]) -> str:
+    """Draw the loss of every trial over its parameters, and the front that nothing beats.
+
+    Args:
+        trials: With ``number``, ``parameters``, ``loss`` and ``state``.
+        front: Numbers of the trials on the Pareto front; may be none.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with figure((7.2, 3.0), "front") as drawing:
+        axes = drawing.axes
+        known = [t for t in trials if t["state"] == "complete" and t["loss"] is not None]
+        best = sorted((t for t in known if t["number"] in front), key=lambda t: t["parameters"])
+        axes.step(
+            [t["parameters"] for t in best], [t["loss"] for t in best],
+            where="post", color=KEPT, linewidth=1.2, label="Pareto front",
+        )  # fmt: skip
+        for t in known:
+            color = KEPT if t["number"] in front else LINES[1]
+            axes.plot(t["parameters"], t["loss"], "o", markersize=7, color=color)
+            at = (t["parameters"], t["loss"])
+            axes.annotate(str(t["number"] + 1), at, (6, 6), textcoords="offset points")
+        axes.set_xlabel("trainable parameters (points are numbered in the order of trying)")
+        axes.set_ylabel("loss of the trial")
+        if best:
+            axes.legend()
+    return drawing.svg
+
+
 def loss_plot(
     steps: Mapping[str, Sequence[Mapping[str, Any]]],
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -119,7 +149,7 @@ def loss_plot(
     Returns:
         An ``<svg>`` element.
     """
-    with _figure((7.2, 3.2), "losses") as drawing:
+    with figure((7.2, 3.2), "losses") as drawing:
         axes = drawing.axes
         for i, (title, lines) in enumerate(steps.items()):
             color = LINES[i % len(LINES)]
@@ -139,22 +169,27 @@ def loss_plot(
     return drawing.svg
 
 
-class _figure:
-    """A figure with one set of axes, rendered when the block ends."""
+class figure:
+    """A figure with one set of axes, or several side by side, rendered when the block ends."""
 
-    def __init__(self, size: tuple[float, float], name: str) -> None:
+    def __init__(
+        self, size: tuple[float, float], name: str, widths: Sequence[float] = (1,)
+    ) -> None:
         check_matplotlib()
-        self.size, self.name, self.svg = size, name, ""
+        self.size, self.name, self.widths, self.svg = size, name, widths, ""
 
-    def __enter__(self) -> "_figure":
+    def __enter__(self) -> "figure":
         import matplotlib
         from matplotlib.figure import Figure
 
         style: Any = {**STYLE, "svg.hashsalt": self.name}  # equal runs give equal files
         self._style = matplotlib.rc_context(style)
         self._style.__enter__()
-        self._figure = Figure(figsize=self.size, layout="constrained")
-        self.axes: Any = self._figure.add_subplot()
+        self.canvas: Any = Figure(figsize=self.size, layout="constrained")
+        ratios = {"width_ratios": list(self.widths)}
+        grid = self.canvas.subplots(1, len(self.widths), squeeze=False, gridspec_kw=ratios)
+        self.all_axes: list[Any] = list(grid[0])
+        self.axes: Any = self.all_axes[0]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -162,7 +197,7 @@ class _figure:
             if kind is None:
                 file = io.StringIO()
                 nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-                self._figure.savefig(file, format="svg", metadata=nothing)
+                self.canvas.savefig(file, format="svg", metadata=nothing)
                 self.svg = _inline(file.getvalue(), self.name)
         finally:
             self._style.__exit__(None, None, None)

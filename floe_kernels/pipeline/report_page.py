@@ -1,4 +1,8 @@
-"""The frame of a report: its style, and where things go."""
+"""The frame of a report: its style, and the parts that its sections are made of."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -34,3 +38,49 @@ pre {{ background: #f4f6f5; padding: 0.8rem; overflow-x: auto; font-size: 0.875r
 </body>
 </html>
 """
+
+
+def page(title: str, machine: Mapping[str, Any], parts: Iterable[str]) -> str:
+    """Return a whole page.
+
+    Args:
+        title: Its heading.
+        machine: As :func:`~floe_kernels.pipeline.machine.describe_machine` gives it; may be empty.
+        parts: Sections; empty ones are left out.
+    """
+    where = ""
+    if machine:
+        where = (
+            f"{machine['processor']}, {machine['threads']} threads; torch {machine['torch']}, "
+            f"Python {machine['python']}"
+        )
+    body = "\n".join(part for part in parts if part)
+    return PAGE.format(title=text(title), where=text(where), body=body)
+
+
+def section(title: str, *parts: str) -> str:
+    """Return a section of a page."""
+    return f"<section><h2>{text(title)}</h2>\n" + "\n".join(parts) + "</section>"
+
+
+def paragraph(words: str) -> str:
+    """Return a paragraph."""
+    return f"<p>{text(words)}</p>"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int) -> str:
+    """Return a table whose columns from ``numbers`` on are set like numbers."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if i >= numbers else ''}>{text(cell)}</{tag}>"
+            for i, cell in enumerate(row)
+        )
+
+    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{cells('th', headings)}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def text(words: str) -> str:
+    """Return text with what HTML takes for markup escaped."""
+    return html.escape(words, quote=True)

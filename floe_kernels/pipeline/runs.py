@@ -10,10 +10,11 @@ from floe_kernels.pipeline import files
 from floe_kernels.pipeline.history import History
 
 CONFIG, STATE, HISTORY = "config.json", "state.json", "history.jsonl"
+RESULTS = "results.jsonl"
 FORMAT = 1
 CONTENTS = (
-    CONFIG, STATE, HISTORY, "search.journal", "search.journal.locks", "checkpoints", "plan.json",
-    "adapter", "report.html",
+    CONFIG, STATE, HISTORY, RESULTS, "plans", "search.journal", "search.journal.locks",
+    "checkpoints", "plan.json", "adapter", "report.html",
 )  # fmt: skip
 """All that a run leaves; the configuration goes first, and with it the run."""
 
@@ -26,6 +27,7 @@ class Run:
     ``state.json``      what every finished phase found
     ``history.jsonl``   every trial, training step and evaluation
     ``search.journal``  the trials of the rank search
+    ``results.jsonl``   of a comparison, every run that is finished; ``plans/``, what each placed
     ``checkpoints/``    training in flight: adapter, optimiser and random state, data position
     ==================  ======================================================================
 
@@ -33,7 +35,7 @@ class Run:
 
     Attributes:
         folder: Where it is.
-        command: What made it: ``"tune"``, ``"train"`` or ``"demo"``.
+        command: What made it: ``"tune"``, ``"train"``, ``"compare"`` or ``"demo"``.
         arguments: What was asked for.
         facts: Hashes and other things that must not change under a run.
         state: Phase -> what it found.

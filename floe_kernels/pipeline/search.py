@@ -1,15 +1,23 @@
-"""What a rank is worth: the loss after a few steps on a small split, with all layers adapted."""
+"""What a rank is worth, and experts and layers: the loss after a few steps on a small split."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
 from floe_kernels._types import JSON, ModuleSpec
-from floe_kernels.allocation import RankSearch, SearchResult, uniform
+from floe_kernels.allocation import (
+    Plan,
+    RankSearch,
+    SearchResult,
+    floe,
+    ranks_by_depth,
+    uniform,
+)
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
 from floe_kernels.pipeline.encoding import Samples, permutation
 from floe_kernels.pipeline.evaluation import evaluate
@@ -34,12 +42,15 @@ def search_rank(
     pad: int = 0,
     storage: Path | None = None,
     context: dict[str, JSON] | None = None,
+    scores: Mapping[str, float] | None = None,
     on_trial: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress = SILENT,
 ) -> SearchResult:
-    r"""Choose the rank of the experts by a few short trainings.
+    r"""Choose the rank of the experts, and whatever else is asked for, by a few short trainings.
 
-    Every trial adapts all layers, trains ``search_steps`` steps on the same small split of the
+    The space is that of ``options``: one rank or one a depth group, and perhaps the number of
+    experts and the fraction of the layers kept. Every trial adapts all layers, or with a fraction
+    the best of ``scores``, trains ``search_steps`` steps on the same small split of the
     training data from the same seed, and returns
 
     .. math:: \text{loss on samples it did not see} + \mu \cdot \text{parameters} / 10^6
@@ -47,7 +58,10 @@ def search_rank(
     after a report half-way, at which a hopeless trial is pruned. Neither the samples that train a
     trial nor those that judge it come from the run's held-out data. A trial whose loss is not
     finite fails, and its rank is out. With ``alpha`` 0 the scaling alpha / rank is 2 for every
-    rank, so that ranks are compared and not learning rates.
+    rank, so that ranks are compared and not learning rates. With ``objectives`` of
+    ``loss,parameters`` both are minimised, mu has no part in it, and no trial is pruned.
+
+    Several processes may search on one ``storage``: each takes the next point.
 
     Args:
         model: The base, without adapters; it is left so.
@@ -57,11 +71,12 @@ def search_rank(
         pad: Token id that fills up batches.
         storage: File that makes the search resumable.
         context: What the losses depend on besides the options that are noted anyway.
-        on_trial: Called after every trial.
+        scores: Layer -> score, where fractions are searched.
+        on_trial: Called after every trial of this process.
         progress: Watches.
 
     Returns:
-        The trials and the best of them.
+        The trials, each with its ``parameters``, and the best of them.
 
     Raises:
         ValueError: There are too few samples, or no trial ended in a finite loss.
@@ -72,44 +87,55 @@ def search_rank(
     started = time.monotonic()
     trials: list[dict[str, Any]] = []
 
-    def objective(config: dict[str, Any], report: Callable[[int, float], None]) -> float:
+    both = options.objectives != "loss"
+
+    def objective(
+        config: dict[str, Any], report: Callable[[int, float], None]
+    ) -> float | tuple[float, ...]:
         spent = (time.monotonic() - started) / 60
         if options.search_minutes and trials and spent > options.search_minutes:
             raise OutOfTime
-        rank = int(config["rank"])
-        plan = uniform(modules, experts=options.experts, **cast("Any", options.adapter(rank)))
+        plan = trial_plan(modules, options, config, scores)
         torch.manual_seed(options.seed)
         apply_plan(model, plan)
 
         def judge() -> float:
             loss = evaluate(model, judges, batch_size=options.batch_size, pad=pad).loss
-            return loss + options.mu * plan.parameters() / MILLION
+            return loss + (0.0 if both else options.mu * plan.parameters() / MILLION)
 
         def half_way(step: int, _loss: float, _figures: dict[str, float]) -> None:
-            if step == recipe.steps // 2:
+            if step == recipe.steps // 2 and not both:
                 report(step, judge())
 
         try:
-            title = f"trial {len(trials) + 1} of {options.trials}, rank {rank}"
+            words = ", ".join(f"{name} {value}" for name, value in config.items())
+            title = f"trial {len(trials) + 1} of {search.n_trials}, {words}"
             train(model, small, recipe, pad=pad, on_step=half_way, title=title, progress=progress)
-            return judge()
+            return (judge(), float(plan.parameters())) if both else judge()
         except FloatingPointError:
-            return math.inf
+            return (math.inf, float(plan.parameters())) if both else math.inf
         finally:
             remove_adapters(model)
 
+    def priced(trial: dict[str, Any]) -> dict[str, Any]:
+        parameters = trial_plan(modules, options, trial["params"], scores).parameters()
+        return {**trial, "parameters": parameters}
+
     def finished(trial: dict[str, Any]) -> None:
+        trial = priced(trial)
         trials.append(trial)
         if on_trial is not None:
             on_trial(trial)
 
     search = RankSearch(
         objective,
-        space=options.rank_choices(),
+        space=options.search_space(),
+        groups=options.groups,
         storage=storage,
         sampler=cast("Literal['gp', 'tpe', 'random', 'grid']", options.sampler),
         seed=options.seed,
-        n_trials=options.trials,
+        n_trials=None if options.sampler == "grid" else options.trials,
+        objectives=tuple(options.objectives.split(",")),
         context={**(context or {}), **_context(options)},
     )
     trials += [t for t in search.result().trials if t["state"] in ("complete", "pruned")]
@@ -122,7 +148,31 @@ def search_rank(
             "a rank must end in a finite loss, and none did: "
             f"try a lower --learning-rate than {options.learning_rate:g}"
         )
-    return result
+    return replace(result, trials=[priced(trial) for trial in result.trials])
+
+
+def trial_plan(
+    modules: dict[str, ModuleSpec],
+    options: Options,
+    config: Mapping[str, Any],
+    scores: Mapping[str, float] | None = None,
+) -> Plan:
+    """Return the plan that a point of the space stands for.
+
+    Args:
+        modules: All adaptable linears.
+        options: What the point says nothing about.
+        config: The point: ``rank`` or ``rank_0``, ..., perhaps ``experts`` and ``keep``.
+        scores: Layer -> score; only ``keep`` needs them.
+    """
+    chosen = options.chosen(config)
+    keywords = chosen.adapter(ranks_by_depth(config, modules))
+    if "keep" in config:
+        return floe(
+            scores or {}, modules, keep=chosen.keep, experts=chosen.experts, refine=False,
+            **keywords,
+        )  # fmt: skip
+    return uniform(modules, experts=chosen.experts, **keywords)
 
 
 def judges_of(options: Options) -> int:

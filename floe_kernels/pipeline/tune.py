@@ -7,17 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from floe_kernels.allocation import Plan, random, uniform
-from floe_kernels.integrations.transformers import load_adapter
-from floe_kernels.pipeline.datasets import check_data, load_dataset
+from floe_kernels.integrations.transformers import find_modules, fingerprint, load_adapter
+from floe_kernels.pipeline.datasets import Dataset, check_data, load_dataset
+from floe_kernels.pipeline.encoding import Samples
 from floe_kernels.pipeline.evaluation import Evaluation, evaluate
 from floe_kernels.pipeline.machine import describe_machine
+from floe_kernels.pipeline.measurements import Measurement
 from floe_kernels.pipeline.models import load_model
-from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.options import Options, Rank
 from floe_kernels.pipeline.packages import check_packages
 from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.report import write_report
 from floe_kernels.pipeline.runs import Run, open_run
-from floe_kernels.pipeline.score_file import ScoreFile
+from floe_kernels.pipeline.scoring import measure
+from floe_kernels.pipeline.threads import choose_threads
 from floe_kernels.pipeline.workbench import SHORT, Workbench
 
 FLOE, ALL, RANDOM = "floe", "all", "random"
@@ -78,11 +81,14 @@ def train_plan(run: Run, options: Options, plan: Plan, progress: Progress = SILE
     write_report(run)
 
 
-def score_layers(options: Options, progress: Progress = SILENT) -> ScoreFile:
-    """Score the layers of a model, without a run's folder.
+def measure_model(
+    options: Options, method: str = "fisher", progress: Progress = SILENT
+) -> Measurement:
+    """Measure a model, without a run's folder.
 
     Args:
         options: What to do.
+        method: One of ``MEASURES``; ``"spectral"`` needs no data.
         progress: Watches.
 
     Returns:
@@ -93,23 +99,34 @@ def score_layers(options: Options, progress: Progress = SILENT) -> ScoreFile:
         OSError: A file cannot be read.
         ImportError: An optional package is missing.
     """
-    check_data(options)
+    if method != "spectral":
+        check_data(options)
     if not options.rank:
         raise ValueError("--rank must be >= 1 here, got 0: floe tune searches for it")
     with (
         tempfile.TemporaryDirectory() as folder,
         open_run(Path(folder), "score", options.to_json()) as run,
     ):
-        bench = open_bench(run, options, progress)
-        found = bench.scores(options.rank)
-    return ScoreFile(
-        options.model,
-        bench.fingerprint,
-        options.variant,
-        found["scores"],
-        bench.modules,
-        found["gradients"],
-    )
+        bench = open_bench(run, options, progress, with_data=method != "spectral")
+        choose_threads(bench)
+        return measure(bench, method, options.rank)
+
+
+def describe_model(options: Options, progress: Progress = SILENT) -> Measurement:
+    """Load a model to see which linears it has; measures nothing.
+
+    Args:
+        options: ``model``, ``targets`` and how to load it.
+        progress: Watches.
+
+    Raises:
+        ValueError: There is no such model, or it has no such linears.
+        ImportError: An optional package is missing.
+    """
+    progress.say(f"loading {options.model}")
+    model = load_model(options).model
+    modules = find_modules(model, options.target_names())
+    return Measurement(options.model, fingerprint(model), "", {}, modules, method="")
 
 
 def evaluate_adapter(
@@ -141,17 +158,23 @@ def evaluate_adapter(
     )
 
 
-def open_bench(run: Run, options: Options, progress: Progress) -> Workbench:
+def open_bench(
+    run: Run, options: Options, progress: Progress, *, with_data: bool = True
+) -> Workbench:
     """Load the model and the data of a run.
 
     Args:
         run: The folder, open.
         options: What to do.
         progress: Watches.
+        with_data: False leaves the data out, for what looks at weights alone.
     """
     progress.say(f"loading {options.model}")
     loaded = load_model(options)
     run.finish("machine", describe_machine(loaded.device))
+    if not with_data:
+        nothing = Samples.of([])
+        return Workbench(run, options, loaded, Dataset(nothing, nothing, 0, [], {}), progress)
     dataset = load_dataset(options, loaded.tokenizer, most_tokens=loaded.most_tokens)
     for note in [loaded.note, *dataset.notes]:
         if note:
@@ -163,22 +186,23 @@ def open_bench(run: Run, options: Options, progress: Progress) -> Workbench:
     return Workbench(run, options, loaded, dataset, progress)
 
 
-def find_rank(bench: Workbench) -> int:
+def find_rank(bench: Workbench) -> Rank:
     """Evaluate the base and settle the rank, telling what came out."""
     bench.progress.say(f"held-out loss of the base: {bench.base_loss():.4f}")
     rank = bench.rank()
-    bench.progress.say(f"rank of the experts: {rank}")
+    ranks = [rank] if isinstance(rank, int) else dict.fromkeys(rank.values())
+    bench.progress.say(f"rank of the experts: {', '.join(map(str, ranks))}")
     return rank
 
 
 def train_all(
-    bench: Workbench, rank: int, enough: Callable[[str, int], bool] | None = None
+    bench: Workbench, rank: Rank, enough: Callable[[str, int], bool] | None = None
 ) -> None:
     """Score, choose, and train what the options ask for, telling what came out.
 
     Args:
         bench: The model and its run.
-        rank: Of every expert.
+        rank: Of every expert, or by layer.
         enough: Called with a training's name and the steps it has done; True ends it early.
     """
     plan = bench.choose(rank)

@@ -4,12 +4,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from floe_kernels.allocation import Plan, SearchResult, floe, uniform
+from floe_kernels.allocation import Plan, SearchResult, floe, ranks_by_depth, uniform
 from floe_kernels.integrations.transformers import (
     apply_plan,
     find_modules,
@@ -22,10 +23,11 @@ from floe_kernels.pipeline.encoding import Samples, draw
 from floe_kernels.pipeline.evaluation import Evaluation, evaluate, to_device
 from floe_kernels.pipeline.memory import PeakMemory
 from floe_kernels.pipeline.models import Loaded
-from floe_kernels.pipeline.options import WARMED, Options
+from floe_kernels.pipeline.options import WARMED, Options, Rank
 from floe_kernels.pipeline.progress import SILENT, Bar, Progress
 from floe_kernels.pipeline.runs import Run
 from floe_kernels.pipeline.search import search_rank
+from floe_kernels.pipeline.search_judge import judge_samplers
 from floe_kernels.pipeline.training import Recipe, train
 from floe_kernels.scores.fisher import block_linears, collect, read_variant
 
@@ -61,8 +63,7 @@ class Workbench:
     ) -> None:
         self.run, self.options, self.loaded, self.dataset = run, options, loaded, dataset
         self.progress, self.model = progress, loaded.model
-        targets = [name.strip() for name in options.targets.split(",") if name.strip()]
-        self.modules = find_modules(self.model, targets or None)
+        self.modules = find_modules(self.model, options.target_names())
         self.fingerprint = fingerprint(self.model)
         run.pin(weights=self.fingerprint[:SHORT], **dataset.facts())
 
@@ -76,11 +77,17 @@ class Workbench:
             self.run.finish("base", {**found._asdict(), "model": self.options.model, "note": note})
         return float(self.run.state["base"]["loss"])
 
-    def rank(self) -> int:
-        """Return the rank that was asked for, or else search for it."""
+    def rank(self) -> Rank:
+        """Return the rank that was asked for, or else search for it.
+
+        What a search finds of experts and of the fraction kept replaces the options'.
+        """
         if self.options.rank:
             return self.options.rank
         if "search" not in self.run.state:
+            scores, ranks = None, self.options.rank_choices()
+            if self.options.search_keep:
+                scores = self.scores(ranks[len(ranks) // 2])["scores"]
             start = time.monotonic()
             result = search_rank(
                 self.model,
@@ -88,16 +95,23 @@ class Workbench:
                 self.dataset.train,
                 self.options,
                 pad=self.dataset.pad,
-                storage=self.run.folder / "search.journal",
+                storage=Path(self.options.storage or self.run.folder / "search.journal"),
                 context=cast("dict[str, JSON]", self.run.facts),
+                scores=scores,
                 on_trial=lambda trial: self._note_trials([trial]),
                 progress=self.progress,
             )
             self._note_trials(result.trials, fresh=True)
-            self.run.finish("search", _search_facts(result, time.monotonic() - start))
-        return int(self.run.state["search"]["rank"])
+            found = _search_facts(result, time.monotonic() - start)
+            if self.options.sampler == "grid" and self.options.objectives == "loss":
+                space = self.options.search_space()
+                found["judged"] = judge_samplers(result.trials, space, self.options.groups)
+            self.run.finish("search", found)
+        config = self.run.state["search"]["config"]
+        self.options = self.options.chosen(config)
+        return ranks_by_depth(config, self.modules)
 
-    def scores(self, rank: int) -> dict[str, Any]:
+    def scores(self, rank: Rank) -> dict[str, Any]:
         """Score every layer by Fisher information, after a warm-up where the variant needs one.
 
         Args:
@@ -112,7 +126,7 @@ class Workbench:
         found: dict[str, Any] = self.run.state["score"]
         return found
 
-    def choose(self, rank: int) -> Plan:
+    def choose(self, rank: Rank) -> Plan:
         """Turn scores into a plan and write it to ``plan.json``."""
         found, path = self.scores(rank), self.run.folder / "plan.json"
         if "plan" not in self.run.state:
@@ -129,7 +143,7 @@ class Workbench:
             self.run.finish("plan", {"layers": plan.layers(), "parameters": plan.parameters()})
         return Plan.load(path)
 
-    def plan_options(self, rank: int) -> Any:
+    def plan_options(self, rank: Rank) -> Any:
         """Return the keywords of every policy: adapter, model and where it comes from."""
         provenance: dict[str, JSON] = {
             "variant": self.options.variant,
@@ -158,6 +172,7 @@ class Workbench:
         *,
         title: str = "",
         keep_adapter: bool = True,
+        seed: int | None = None,
         enough: Callable[[int], bool] | None = None,
     ) -> None:
         """Train a plan's adapters from the start, evaluate them, note what came out.
@@ -167,13 +182,15 @@ class Workbench:
             plan: Where the experts go.
             title: What people call it.
             keep_adapter: Write it to the folder ``adapter``.
+            seed: Of adapters and data order; None takes the run's.
             enough: Ends the training early, as in :func:`~floe_kernels.pipeline.training.train`.
         """
         if name in self.run.state.get("trained", {}):
             return
         options, history = self.options, self.run.history
         checkpoint = self.run.checkpoint(name)
-        torch.manual_seed(options.seed)
+        seed = options.seed if seed is None else seed
+        torch.manual_seed(seed)
         apply_plan(self.model, plan)
         peak = PeakMemory(self.loaded.device)
         try:
@@ -187,7 +204,7 @@ class Workbench:
                 if options.eval_every and step % options.eval_every == 0 and step < recipe.steps:
                     history.add("evaluation", run=name, step=step, **self._evaluate()._asdict())
 
-            recipe = Recipe.of(options, self.steps())
+            recipe = Recipe.of(options, self.steps(), seed=seed)
             steps = train(
                 self.model,
                 self.dataset.train,
@@ -239,10 +256,12 @@ class Workbench:
         if fresh:
             self.run.history.rewind("trial")
         for trial in trials:
-            rank, facts = trial["params"]["rank"], dict(trial)
-            self.run.history.add("trial", rank=rank, loss=facts.pop("value"), **facts)
+            rank, facts = trial["params"].get("rank"), dict(trial)
+            value = facts.pop("value")
+            loss = value[0] if isinstance(value, list) else value
+            self.run.history.add("trial", rank=rank, loss=loss, **facts)
 
-    def _score(self, rank: int) -> dict[str, Any]:
+    def _score(self, rank: Rank) -> dict[str, Any]:
         options, variant = self.options, self.options.variant
         samples = draw(self.dataset.train, options.score_samples, options.seed, "scores")
         start = time.monotonic()
@@ -298,9 +317,12 @@ class Workbench:
 
 def _search_facts(result: SearchResult, seconds: float) -> dict[str, Any]:
     best = result.best or {}
+    several = isinstance(best.get("value"), list)
     return {
-        "rank": result.best_params["rank"],
-        "loss": best.get("value"),
+        "rank": result.best_params.get("rank"),
+        "config": result.best_params,
+        "loss": value[0] if isinstance(value := best.get("value"), list) else value,
+        "front": [trial["number"] for trial in result.front] if several else [],
         "completed": result.completed,
         "stopped": result.stopped or "time",
         "seconds": seconds,

@@ -65,22 +65,6 @@ def test_the_single_steps_hand_on_to_each_other(floe, small, tmp_path):
     assert f"{load_run(out).state['base']['loss']:.4f}" in text
 
 
-@pytest.mark.parametrize("method", ["uniform", "random", "by_position"])
-def test_plans_of_other_policies(floe, tmp_path, method):
-    from floe_kernels._types import ModuleSpec
-    from floe_kernels.allocation import Plan
-    from floe_kernels.pipeline.score_file import ScoreFile
-
-    modules = {f"h.{i}.q": ModuleSpec(4, 4, f"h.{i}") for i in range(8)}
-    scores = {f"h.{i}": float(i) for i in range(8)}
-    ScoreFile("m", "f", "init", scores, modules, None).save(tmp_path / "s.json")
-    code, _, _ = floe("plan", tmp_path / "s.json", "--method", method, "--out", tmp_path / "p.json")
-    assert code == 0
-    plan = Plan.load(tmp_path / "p.json")
-    assert len(plan.layers()) == (8 if method == "uniform" else 2)
-    assert (plan.base_model, plan.fingerprint) == ("m", "f")
-
-
 def test_the_demo_ends_is_shown_again_and_starts_over(floe, model_folder, tmp_path):
     out = tmp_path / "demo"
     quick = ("--length", 32, "--max-samples", 16, "--eval-samples", 4, *QUICK, "--top-k", 2)
@@ -157,7 +141,9 @@ def test_bench_compares_with_the_frozen_layer(floe):
         (["plan", "none.json"], 1, "none.json: No such file or directory"),
         (["plan", "bad.json"], 1, "bad.json must be a file of scores"),
         (["plan", "half.json"], 1, "half.json must be whole JSON, but is damaged"),
-        (["plan", "bad.json", "--method", "best"], 2, "--method must be one of floe, uniform"),
+        (["plan", "bad.json", "--method", "best"], 2, "--method: a method must be one of floe,"),
+        (["plan", "--method", "alphalora"], 2, "needs a file of scores: floe score"),
+        (["score", "--method", "best"], 2, "--method must be one of fisher, sensitivity"),
         (["plan", "bad.json", "--rank", "0"], 2, "--rank must be >= 1 here, got 0"),
         (["evaluate", "--data", "d.txt", "--model", "./none"], 1, "--model must be a folder"),
         (["score", "--data", "d.txt", "--out", "no/file/s.json", "--rank", "0"], 1, "--rank must"),
