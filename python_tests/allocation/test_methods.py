@@ -321,3 +321,55 @@ def test_stability_tells_signal_from_noise():
 def test_stability_says_what_is_wrong(samples, says):
     with pytest.raises(ValueError, match=says):
         stability(samples)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "want"),
+    [
+        ("2468", 40, [2, 2, 4, 4, 6, 6, 8, 8]),  # its own sum gives its own numbers
+        ("2468", 41, [2, 2, 4, 4, 6, 6, 9, 8]),
+        ("2468", 20, [1, 1, 2, 2, 3, 3, 4, 4]),
+        ("10-2-0-0", 24, [10, 10, 2, 2, 0, 0, 0, 0]),
+        ("0000", 9, [2, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_mola_shares_a_total_in_the_presets_proportions(preset, total, want):
+    plan = mola(small(8), preset, total=total)
+    assert experts(plan)[::2] == want
+    assert sum(want) == total
+
+
+def test_mola_of_a_total_keeps_to_bounds_and_units():
+    assert experts(mola(small(4), "2468", total=12, lo=2, hi=4))[::2] == [2, 2, 4, 4]
+    cost = uniform(small(1), experts=1).parameters()
+    plan = mola(small(8), "8642", total=40 * cost, unit="parameters")
+    assert experts(plan)[::2] == [8, 8, 6, 6, 4, 4, 2, 2]
+    assert plan.parameters() == 40 * cost
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=2, max_size=10),
+    st.floats(0.05, 1.0),
+    st.integers(0, 60),
+    st.sampled_from(["experts", "parameters", "bytes"]),
+)
+def test_floe_shares_a_total_over_the_layers_it_keeps(values, keep, total, unit):
+    modules = small(len(values))
+    cost = {"experts": 1, "parameters": 1, "bytes": 8}[unit]
+    cost *= 1 if unit == "experts" else uniform(small(1), experts=1).parameters()
+    plan = floe(layer_scores(values), modules, keep=keep, total=total * cost, unit=unit)
+    counts = experts(plan)[::2]
+    assert counts == experts(plan)[1::2]
+    assert sum(counts) == total
+    kept = floe(layer_scores(values), modules, keep=keep).layers()
+    shares = [n for i, n in enumerate(counts) if f"model.layers.{i}" in kept]
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+
+
+def test_floe_counts_a_layers_experts_once():
+    plan = floe(layer_scores([1, 2, 3, 4]), small(4), budget=8, unit="experts", experts=4)
+    assert plan.layers() == ["model.layers.2", "model.layers.3"]
+    with pytest.raises(ValueError, match="total cannot be given beside costs or budget"):
+        floe(layer_scores([1, 2]), small(2), budget=8, total=3)

@@ -12,6 +12,8 @@ from floe_kernels.pipeline.data import (
     split_records,
     split_text,
 )
+from floe_kernels.pipeline.datasets import check_data, file_names, load_dataset
+from floe_kernels.pipeline.options import Options
 from floe_kernels.pipeline.stdlib_text import documented_functions, stdlib_text
 
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3", "answer": "ignored"}
@@ -113,3 +115,33 @@ def test_functions_keep_their_decorators_and_what_does_not_parse_is_skipped():
     )
     assert list(documented_functions(source)) == ["@property\ndef f(self):\n    'Doc.'"]
     assert list(documented_functions("def f(:")) == []
+
+
+def test_several_files_are_split_each_and_joined(model_folder, tmp_path):
+    from tiny_model import write_data
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    one, two = write_data(tmp_path / "a.json", 20), write_data(tmp_path / "b.jsonl", 10)
+    options = {"length": 32, "eval_samples": 0}
+    both = load_dataset(Options(data=f"{one}, {two}", **options), tokenizer)
+    parts = [load_dataset(Options(data=str(path), **options), tokenizer) for path in (one, two)]
+    assert {name: len(task) for name, task in both.tasks.items()} == {"a": 18, "b": 9}
+    assert [both.tasks[n].digest() for n in "ab"] == [part.train.digest() for part in parts]
+    assert len(both.train) == 27
+    assert len(both.held_out) == 3
+    assert both.train.subset(range(18, 27)).digest() == parts[1].train.digest()
+    assert both.train.loss_tokens() == sum(part.train.loss_tokens() for part in parts)
+    alone = load_dataset(Options(data=str(one), held_out=f"{two}", **options), tokenizer)
+    assert (len(alone.train), len(alone.held_out)) == (20, 10)
+
+
+def test_a_comma_may_be_part_of_a_name(tmp_path):
+    from tiny_model import write_data
+
+    assert file_names(str(write_data(tmp_path / "a,b.json"))) == [str(tmp_path / "a,b.json")]
+    assert file_names("") == []
+    with pytest.raises(ValueError, match="every file must be named once, got 'a,a'"):
+        file_names("a,a")
+    with pytest.raises(ValueError, match=r"--data must name a \.jsonl"):
+        check_data(Options(data=" , "))
