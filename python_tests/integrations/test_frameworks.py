@@ -245,20 +245,23 @@ def test_an_eight_bit_optimizer(quantised):
     )
 
 
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), pad_token="<pad>", eos_token="</s>"
+    )
+
+
 def test_trl_trains_the_peft_config(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("peft")
     from floe_kernels.integrations.peft import FusedMoELoRAConfig
     from floe_kernels.integrations.trainer import MoELoRACallback
 
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="<pad>")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), pad_token="<pad>", eos_token="</s>"
-    )
     rows = [{"input_ids": tokens(1, 5 + i % 3, seed=i)[0].tolist()} for i in range(8)]
     run = trl.SFTTrainer(
         tiny_model("llama"),
@@ -267,7 +270,7 @@ def test_trl_trains_the_peft_config(tmp_path):
             per_device_train_batch_size=4, disable_tqdm=True, learning_rate=1e-2,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         peft_config=FusedMoELoRAConfig(num_experts=2, r=2, task_type="CAUSAL_LM"),
         callbacks=[MoELoRACallback(load_balance_coef=0.1)],
     )  # fmt: skip
