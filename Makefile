@@ -33,7 +33,7 @@ BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test dev bench lint format wheel clean
+.PHONY: help demo test dev bench sanitize lint format wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ dev: $(BUILT)  ## the environment alone, editable, with every tool
 
 bench: $(STAMPS)/bench $(BUILT)  ## the quick benchmarks
 	$(PY) -m benchmarks.run --quick $(ARGS)
+
+sanitize: $(STAMPS)/packages  ## the C++ steps under AddressSanitizer, UBSan and ThreadSanitizer
+	$(PY) python_tests/cpu/sanitized.py
 
 lint: $(STAMPS)/packages  ## what must be clean before a commit
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
-// Every step of moe_lora_kernels.h against plain loops, on ragged sizes and exact allocations: for
-// a build with -fsanitize=address,undefined, where a read past an operand is an error.
+// Every step of moe_lora_kernels.h against plain loops, on ragged sizes and exact allocations, with
+// panels spread over threads: for builds with -fsanitize=address,undefined or =thread.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/moe_lora_kernels.h"
+#include "cpu/tests/threads.h"
 
 namespace floe::cpu {
 namespace {
@@ -51,9 +52,11 @@ struct Suite {
     const int64_t N = rows ? w.cols : w.rows, K = rows ? w.rows : w.cols;
     const int64_t panels = (N + kernels.nr - 1) / kernels.nr;
     std::vector<char> out(panels * kernels.nr * ((K + kernels.pack - 1) / kernels.pack) * 8);
-    for (int64_t p = 0; p < panels; ++p) {
-      (rows ? kernels.pack_rows : kernels.pack_columns)(w, p, out.data());
-    }
+    on_threads(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        (rows ? kernels.pack_rows : kernels.pack_columns)(w, p, out.data());
+      }
+    });
     return out;
   }
 
@@ -147,13 +150,15 @@ struct Suite {
                    k % kernels.pack];
     };
     std::vector<scalar_t> out(N * cols);
-    std::vector<char> scratch((N + 256) * kernels.nr * 8);
     const WeightGrad grad{N, tiled.data(), true, 1.5, out.data(), dtype, cols};
-    for (int64_t p = 0; p * kernels.nr < cols; ++p) {
-      kernels.weight_grad({x.data.data(), cols, cols, gather ? rows.data() : nullptr, count,
-                           mask.get(), keep.data(), ld_keep},
-                          p, &grad, 1, scratch.data());
-    }
+    on_threads((cols + kernels.nr - 1) / kernels.nr, [&](int64_t begin, int64_t end) {
+      std::vector<char> scratch((N + 256) * kernels.nr * 8);
+      for (int64_t p = begin; p < end; ++p) {
+        kernels.weight_grad({x.data.data(), cols, cols, gather ? rows.data() : nullptr, count,
+                             mask.get(), keep.data(), ld_keep},
+                            p, &grad, 1, scratch.data());
+      }
+    });
     for (int64_t i = 0; i < N * cols; ++i) {
       double expected = 0;
       for (int64_t k = 0; k < count; ++k) {
@@ -182,26 +187,15 @@ struct Suite {
     const auto slots = elements(M, N, ld);
     const Segment segment{0, M, up.matrix(dtype)};
     std::vector<scalar_t> out(T * O);
-    std::vector<char> scratch((T + ld + 8) * kernels.nr * 8);
-    for (int64_t p = 0; p * kernels.nr < O; ++p) {
-      kernels.gather_expand({0,
-                             T,
-                             O,
-                             &segment,
-                             1,
-                             rows.data(),
-                             slots.data(),
-                             ld,
-                             {},
-                             nullptr,
-                             0,
-                             1,
-                             base.data.data(),
-                             out.data(),
-                             O,
-                             O},
-                            p, scratch.data());
-    }
+    on_threads((O + kernels.nr - 1) / kernels.nr, [&](int64_t begin, int64_t end) {
+      std::vector<char> scratch((T + ld + 8) * kernels.nr * 8);
+      GatherExpand expand{};
+      expand.end = T, expand.O = O, expand.segments = &segment, expand.num_segments = 1;
+      expand.tokens = rows.data(), expand.slots = slots.data(), expand.ld_slots = ld;
+      expand.scale = 1, expand.base = base.data.data(), expand.out = out.data();
+      expand.ld_base = expand.ld_out = O;
+      for (int64_t p = begin; p < end; ++p) kernels.gather_expand(expand, p, scratch.data());
+    });
     for (int64_t i = 0; i < T * O; ++i) {
       double expected = base.values[i];
       for (int64_t n = 0; n < N && i / O % 2 == 0; ++n) {

@@ -1,0 +1,66 @@
+"""The CPU kernels' steps, built with sanitizers into programs of their own, and run.
+
+    python python_tests/cpu/sanitized.py          every instruction set; make sanitize
+
+One line a program. Exits 1 if one found anything.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ("moe_lora", "grad_square")
+SANITIZERS = {
+    "AddressSanitizer, UBSan": "address,undefined",
+    "ThreadSanitizer": "thread",
+}
+ISAS = ("default", "avx2", "avx512", "avx512_bf16")
+
+
+def compiler() -> list[str] | None:
+    """Return the C++ compiler's command, or None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if shutil.which(command[0]) else None
+
+
+def build(steps: str, sanitizer: str, folder: Path) -> Path:
+    """Compile one program and return its path."""
+    program = folder / f"{steps}-{sanitizer.replace(',', '-')}"
+    cpu = ROOT / "csrc/cpu"
+    sources = [cpu / "tests" / f"{steps}_steps_test.cpp", cpu / "isa.cpp"]
+    sources += [cpu / f"{steps}_{isa}.cpp" for isa in ISAS]
+    flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-fno-omit-frame-pointer"]
+    flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    command = [*(compiler() or ["c++"]), *flags, *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program.name} does not compile:\n{done.stderr}")
+    return program
+
+
+def run(program: Path) -> tuple[int, str]:
+    """Return how a program ended, and what it said."""
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def main() -> int:
+    worst = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, sanitizer in SANITIZERS.items():
+            for steps in STEPS:
+                code, said = run(build(steps, sanitizer, Path(folder)))
+                ran = [line.partition(":")[0] for line in said.splitlines() if "failures" in line]
+                found = "nothing found" if code == 0 else f"FOUND SOMETHING\n{said}"
+                print(f"{name}, csrc/cpu {steps} steps ({', '.join(ran)}): {found}", flush=True)
+                worst = max(worst, code)
+    return int(worst != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
