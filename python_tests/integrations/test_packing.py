@@ -15,18 +15,18 @@ from floe_kernels.integrations.transformers import adapted_modules
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = (5, 8, 3)
-ARCHITECTURES = ("llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi")
+ARCHITECTURES = ("llama", "mistral", "gemma3", "qwen2", "qwen3", "phi")
 
 
 def assert_same(got, want, peer):
     """Hold a record to ``want`` as tightly as transformers itself keeps ``peer``, plus rounding.
 
-    The norms of these models round to float32 in any dtype, up to 13 of them (Gemma 2's blocks have
-    four), forward and backward, and a square doubles the error.
+    The norms of these models round to float32 in any dtype, 7 of them in three blocks, forward and
+    backward, and a square doubles the error.
     """
     assert got.counts == want.counts == peer.counts
     assert all(torch.equal(got.hits[name], hits) for name, hits in want.hits.items())
-    eps = 4 * 13 * torch.finfo(torch.float32).eps
+    eps = 4 * 7 * torch.finfo(torch.float32).eps
     for name, total in {**want.sums, "gates": want.gates}.items():
         ours, theirs = ((r.gates if name == "gates" else r.sums[name]) for r in (got, peer))
         allowed = 2 * (theirs - total).abs().max() + eps * total.abs().max()
@@ -82,6 +82,15 @@ def test_packed_samples_score_as_they_do_apart(architecture, padding):
     packed = score(model, [padded(flattened(), padding)])
     assert packed.counts["samples"] == len(LENGTHS)
     assert_same(packed, score(model, one_at_a_time()), score(model, [rows()]))
+
+
+def test_packed_samples_of_gemma_2():
+    # its softmax is of float32, and what reaches the keys is a difference of what it returns
+    model = adapted("gemma2").double()
+    packed, apart = score(model, [flattened()]), score(model, one_at_a_time())
+    assert packed.counts == apart.counts
+    ours, theirs = (r.read(how="sum", aggregate="module") for r in (packed, apart))
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_the_bounds_of_flash_attention_tell_them_apart_too():
