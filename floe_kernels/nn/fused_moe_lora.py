@@ -23,7 +23,7 @@ class Router(nn.Linear):
 
 
 class LayerRouting(NamedTuple):
-    """How a layer routed the N tokens of its last forward pass."""
+    """How a layer routed the N tokens of its last forward pass; on padding, anything."""
 
     logits: Tensor  #: ``(N, E)`` float32 (float64 for float64), without a gradient
     experts: Tensor  #: ``(N, K)`` int64, best first

@@ -72,6 +72,17 @@ def test_the_plan_reaches_the_layers():
     assert all(type(model.get_submodule(name)) is nn.Linear for name in untouched)
 
 
+def test_aux_losses_are_arguments():
+    model = tiny_model("llama")
+    apply_plan(model, uneven_plan(model), load_balance_coef=0.5, z_loss_coef=0.25)
+    assert {tuple(m.aux_coefs.tolist()) for m in adapted_modules(model).values()} == {(0.5, 0.25)}
+    bare = tiny_model("llama")
+    before = snapshot(bare)
+    with pytest.raises(ValueError, match="z_loss_coef must be finite and not negative, got -1"):
+        apply_plan(bare, uneven_plan(bare), z_loss_coef=-1)
+    assert snapshot(bare) == before
+
+
 def test_one_shared_A():
     model = tiny_model("llama")
     modules = find_modules(model, "v_proj")
@@ -262,5 +273,17 @@ def test_through_the_wrapper_of_torch_compile():
     compiled = torch.compile(model, backend="eager")
     assert apply_plan(compiled, uneven_plan(model)) is compiled
     assert list(adapted_modules(compiled)) == list(adapted_modules(model))
+    assert find_modules(compiled) == find_modules(model)
+    assert fingerprint(compiled) == fingerprint(model)
     remove_adapters(compiled)
+    assert not adapted_modules(model)
+
+
+def test_through_the_wrapper_of_data_parallel():
+    model = tiny_model("llama")
+    wrapped = nn.DataParallel(model, device_ids=None)
+    apply_plan(wrapped, uneven_plan(model))
+    assert list(adapted_modules(torch.compile(wrapped, backend="eager"))) == list(adapted_modules(model))
+    assert find_modules(wrapped) == find_modules(tiny_model("llama"))
+    remove_adapters(wrapped)
     assert not adapted_modules(model)

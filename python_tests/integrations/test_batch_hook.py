@@ -105,6 +105,43 @@ def test_recomputation_sees_the_mask_of_its_own_batch(order):
     assert model.scale.grad == LAST.sum() + (~LAST).sum() + LAST.numel()
 
 
+def test_a_forward_pass_that_fails_leaves_no_mask_behind():
+    model = Model()
+    model.scale.data = torch.ones(3, 5, 7)  # fits no batch
+    with pytest.raises(RuntimeError):
+        model(IDS, attention_mask=MASK)
+    assert model.batch.token_mask is None
+
+
+PACKED = torch.tensor([[0, 1, 0], [0, 0, 0]])
+PADDING = torch.tensor([[True, True, False], [True, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "seen"),
+    [
+        ({"position_ids": PACKED, "labels": IDS}, PADDING),
+        ({"position_ids": PACKED}, None),  # a last prompt of one token is a prompt
+        ({"position_ids": PACKED, "labels": IDS, "attention_mask": MASK}, LAST),
+        ({"labels": IDS}, None),
+    ],
+    ids=["to train on", "to read", "with a mask", "no positions"],
+)
+def test_padding_of_packed_rows(kwargs, seen):
+    class Labelled(Model):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None):
+            return super().forward(input_ids)
+
+    model = Labelled()
+    model.handles[0].remove()
+    model.handles = BatchHook(model, model.batch).install(model)
+    with torch.no_grad():
+        model(IDS, **kwargs)
+    (mask,) = model.seen
+    assert (mask is None) == (seen is None)
+    assert seen is None or torch.equal(mask, seen)
+
+
 def test_a_leaf_in_the_output_collects_no_hooks():
     class Leaf(Model):
         def forward(self, input_ids):
