@@ -20,7 +20,8 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="floe",
-    help="Find out which layers of a language model deserve experts, and train them (FLoE). "
+    help="Find out which layers of a language model deserve experts, and train them: FLoE, beside "
+    "LoRA-SMoE, AlphaLoRA, LayerIF, MoLA and controls. "
     "--debug anywhere shows the traceback of an error.",
     add_completion=False,
     pretty_exceptions_enable=False,

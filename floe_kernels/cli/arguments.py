@@ -16,6 +16,8 @@ from floe_kernels.pipeline.runs import CONFIG, load_run
 FIELDS = {f.name: f for f in fields(Options)}
 MODEL = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == "Model")
 DATA = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == "Data")
+ELSEWHERE = ("Measuring", "Budget", "Method")  # groups that only score, plan and compare have
+TUNING = tuple(name for name, f in FIELDS.items() if f.metadata["group"] not in ELSEWHERE)
 
 Out = Annotated[Path, typer.Option(help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from floe_kernels.cli.arguments import Out, asked_in, checked, resumable, takes_options
+from floe_kernels.cli.arguments import TUNING, Out, asked_in, checked, resumable, takes_options
 from floe_kernels.cli.progress import TerminalProgress
 from floe_kernels.cli.tables import print_results
 from floe_kernels.pipeline.demo import DEFAULTS, demo
 from floe_kernels.pipeline.runs import CONFIG, clear_run, load_run, open_run
 
 
-@takes_options(**DEFAULTS)
+@takes_options(*TUNING, **DEFAULTS)
 def command(
     given: dict[str, Any],
     asked: dict[str, Any],

@@ -3,14 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from floe_kernels.cli.arguments import Out, Resume, asked_in, checked, resumable, takes_options
+from floe_kernels.cli.arguments import (
+    TUNING,
+    Out,
+    Resume,
+    asked_in,
+    checked,
+    resumable,
+    takes_options,
+)
 from floe_kernels.cli.progress import TerminalProgress
 from floe_kernels.cli.tables import print_results
 from floe_kernels.pipeline.runs import open_run
 from floe_kernels.pipeline.tune import tune
 
 
-@takes_options()
+@takes_options(*TUNING)
 def command(
     given: dict[str, Any],
     asked: dict[str, Any],

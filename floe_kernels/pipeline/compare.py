@@ -16,7 +16,6 @@ from floe_kernels.pipeline.picture import picture
 from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.runs import RESULTS, Run
 from floe_kernels.pipeline.scoring import measure
-from floe_kernels.pipeline.threads import choose_threads
 from floe_kernels.pipeline.tune import open_bench
 from floe_kernels.pipeline.workbench import Workbench
 
@@ -52,7 +51,6 @@ def compare(
     check_packages(options)
     check_data(options)
     bench = open_bench(run, options, progress)
-    choose_threads(bench)
     progress.say(f"held-out loss of the base: {bench.base_loss():.4f}")
     needed = dict.fromkeys(method.needs for method in methods if method.needs)
     found = {name: measure(bench, name, options.rank) for name in needed}

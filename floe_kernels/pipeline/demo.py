@@ -16,7 +16,6 @@ from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.report import write_report
 from floe_kernels.pipeline.runs import Run
 from floe_kernels.pipeline.search import judges_of
-from floe_kernels.pipeline.threads import choose_threads
 from floe_kernels.pipeline.training import Recipe, train
 from floe_kernels.pipeline.tune import ALL, FLOE, find_rank, open_bench, train_all
 from floe_kernels.pipeline.workbench import Workbench
@@ -70,7 +69,6 @@ def demo(run: Run, options: Options, progress: Progress = SILENT) -> None:
     clock = Clock()
     check_packages(options)
     bench = open_bench(run, options, progress)
-    choose_threads(bench)
     _, evaluation = clock.timed(bench.base_loss)
     if "pace" not in run.state:
         seconds = measure_step(bench)

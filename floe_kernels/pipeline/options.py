@@ -58,7 +58,9 @@ class Options:
     )
     dtype: str = option("auto", "Dtype of the frozen base: auto, bfloat16 or float32.", "Model")
     device: str = option("auto", "auto, cpu or cuda.", "Model")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.", "Model", ">= 0")
+    threads: int = option(
+        0, "CPU threads; 0: torch's, or 1 where others keep the machine busy.", "Model", ">= 0"
+    )
     targets: str = option(
         "", "Linears to adapt, by name or suffix, comma separated; empty: the usual ones.", "Model"
     )
@@ -80,7 +82,9 @@ class Options:
     eval_samples: int = option(64, "Most held-out samples; 0: all.", "Data", ">= 0")
     experts: int = option(4, "Experts of every adapted linear.", "Adapter", ">= 1")
     top_k: int = option(2, "Experts a token; at most --experts.", "Adapter", ">= 1")
-    rank: int = option(0, "Rank of every expert; 0: search for it.", "Adapter", ">= 0")
+    rank: int = option(
+        0, "Rank of every expert; 0, in tune and demo: search for it.", "Adapter", ">= 0"
+    )
     alpha: float = option(0.0, "LoRA's alpha; 0: twice the rank.", "Adapter", ">= 0")
     dropout: float = option(0.0, "Dropout on the adapters' input.", "Adapter", "in [0, 1)")
     shared_a: bool = option(False, "One lora_A for all experts of a linear (HydraLoRA).", "Adapter")
@@ -133,7 +137,13 @@ class Options:
         "runs/spectra", "Folder that keeps spectra by weight; empty: none.", "Measuring"
     )
     part: str = option("positive", "Influence: the positive part, or all of it.", "Measuring")
-    budget: int = option(0, "What the plan may spend, in --unit; 0: no budget.", "Budget", ">= 0")
+    budget: int = option(
+        0,
+        "What a plan may spend, in --unit, exactly in experts; 0: as the method does, and five "
+        "experts a layer in floe compare.",
+        "Budget",
+        ">= 0",
+    )
     unit: str = option(
         "experts",
         "experts (a layer's linears counted once; per module: each), parameters, or bytes of "

@@ -108,7 +108,6 @@ def measure_model(
         open_run(Path(folder), "score", options.to_json()) as run,
     ):
         bench = open_bench(run, options, progress, with_data=method != "spectral")
-        choose_threads(bench)
         return measure(bench, method, options.rank)
 
 
@@ -183,7 +182,9 @@ def open_bench(
         f"{len(dataset.train):,} training samples with {dataset.train.loss_tokens():,} tokens to "
         f"learn, {len(dataset.held_out):,} held out with {dataset.held_out.loss_tokens():,}"
     )
-    return Workbench(run, options, loaded, dataset, progress)
+    bench = Workbench(run, options, loaded, dataset, progress)
+    choose_threads(bench)
+    return bench
 
 
 def find_rank(bench: Workbench) -> Rank:

@@ -340,7 +340,7 @@ def test_mola_shares_a_total_in_the_presets_proportions(preset, total, want):
 
 
 def test_mola_of_a_total_keeps_to_bounds_and_units():
-    assert experts(mola(small(4), "2468", total=12, lo=2, hi=4))[::2] == [2, 2, 4, 4]
+    assert experts(mola(small(4), "2468", total=12, lo=2, hi=4))[::2] == [2, 3, 3, 4]
     cost = uniform(small(1), experts=1).parameters()
     plan = mola(small(8), "8642", total=40 * cost, unit="parameters")
     assert experts(plan)[::2] == [8, 8, 6, 6, 4, 4, 2, 2]
