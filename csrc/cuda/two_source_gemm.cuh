@@ -17,11 +17,14 @@
 // TMA's stores, the producer is already filling the ring for the next tile.
 #pragma once
 
-#include <cuda.h>
-
-#include "cuda/two_source_mma.cuh"
 #include "cuda/two_source_schedule.h"
+
+#ifdef __CUDACC__
+#include "cuda/two_source_mma.cuh"
 #include "cuda/two_source_tma.cuh"
+#else
+#include "cuda/tests/two_source_sm.h"  // the same functions, of an emulated cluster
+#endif
 
 namespace floe::two_source {
 
@@ -62,8 +65,10 @@ struct Consumer {
   const Arguments& args;
   Shared<Tile> shared;
   int block, warp, lane;
-  float sums[Tile::kColumns / 2];
+  float sums[Tile::kColumns / 2];  // a tile's first product writes them all
 
+  __device__ Consumer(const Arguments& args, Shared<Tile> shared, int block, int warp, int lane)
+      : args(args), shared(shared), block(block), warp(warp), lane(lane) {}
   __device__ int rank() const { return block; }
   __device__ void wait_full(int s, uint32_t parity) { barrier_wait(shared.full(s), parity); }
 
@@ -132,9 +137,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(shared.empty(s), Tile::kEmptyArrivals);
     }
     barrier_init_fence();
+    proxy_fence();
     for (int s = 0; s < args.problem.sources; ++s) prefetch(args.a[s]), prefetch(args.b[s]);
     prefetch(args.out);
   }
+  __syncwarp();
   Tile::kCluster == 1 ? __syncthreads() : cluster_sync();
 
   const Walk<Tile> walk(args.problem, blockIdx.x / Tile::kCluster, gridDim.x / Tile::kCluster);
@@ -146,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     more_registers<232>();  // 40 + 2 * 232 of the 3 * 168 that the launch gave
-    Consumer<Tile, scalar_t> ports{args, shared, rank, warp - 4, lane};
+    Consumer<Tile, scalar_t> ports(args, shared, rank, warp - 4, lane);
     consume<Tile, first>(args.problem, walk, ports);
     if (lane == 0) tma_store_wait<0>();
   }

@@ -14,7 +14,7 @@ namespace floe::two_source {
 
 constexpr int kSources = 3;       // at most: [x | h], or [dy | dz | dlogits]
 constexpr int kRowBytes = 128;    // of shared memory: what TMA's and wgmma's swizzle permutes
-constexpr int kDepth = 64;        // of one step: the 16-bit elements of such a row
+constexpr int kStepDepth = 64;    // of one step: the 16-bit elements of such a row
 constexpr int kPanel = 64;        // columns that one such row holds where columns are adjacent
 constexpr int kAtomBytes = 1024;  // the swizzle repeats after 8 rows
 constexpr int kBlockDepth = 16;   // of one wgmma
@@ -83,12 +83,12 @@ struct Box {
 };
 template <class Tile>
 FLOE_HOST_DEVICE constexpr Box box_a() {
-  return {kDepth, Tile::kRows};
+  return {kStepDepth, Tile::kRows};
 }
 template <class Tile>
 FLOE_HOST_DEVICE constexpr Box box_b(Major major) {
-  if (major == Major::kColumn) return {kPanel, kDepth};
-  return {kDepth, Tile::kColumns / Tile::kCluster};
+  if (major == Major::kColumn) return {kPanel, kStepDepth};
+  return {kStepDepth, Tile::kColumns / Tile::kCluster};
 }
 FLOE_HOST_DEVICE constexpr Box box_out() { return {kPanel, kWarpRows}; }
 
@@ -155,7 +155,7 @@ FLOE_HOST_DEVICE void produce(const Problem& problem, Walk<Tile> walk, Ports& po
   for (; walk.busy(); walk.advance()) {
     const Origin at = walk.origin(ports.rank());
     for (int s = 0; s < problem.sources; ++s) {
-      for (int k = 0; k < problem.depth[s]; k += kDepth, ring.advance()) {
+      for (int k = 0; k < problem.depth[s]; k += kStepDepth, ring.advance()) {
         ports.wait_empty(ring.stage, ring.parity ^ 1);
         ports.expect(ring.stage, Tile::kStageBytes);
         ports.load_a(ring.stage, 0, s, k, at.row);
@@ -189,7 +189,7 @@ FLOE_HOST_DEVICE constexpr uint64_t descriptor_a(uint32_t stage_address, int war
 // other, in which 8 depths are an atom.
 template <class Tile>
 FLOE_HOST_DEVICE constexpr uint64_t descriptor_b(uint32_t stage_address, Major major) {
-  const uint32_t leading = major == Major::kColumn ? kDepth * kRowBytes : 16;
+  const uint32_t leading = major == Major::kColumn ? kStepDepth * kRowBytes : 16;
   return descriptor(stage_address + Tile::kBytesA, leading, kAtomBytes);
 }
 
@@ -218,7 +218,7 @@ FLOE_HOST_DEVICE void multiply(int stage, int blocks, bool accumulate, Ports& po
 // known to be over: those of the next step run meanwhile.
 template <Major major, int stages, class Ports>
 FLOE_HOST_DEVICE void consume_source(int depth, Ring<stages>& ring, int& held, Ports& ports) {
-  for (int k = 0; k < depth; k += kDepth, ring.advance()) {
+  for (int k = 0; k < depth; k += kStepDepth, ring.advance()) {
     ports.wait_full(ring.stage, ring.parity);
     multiply<major>(ring.stage, (depth - k + kBlockDepth - 1) / kBlockDepth, held >= 0, ports);
     if (held >= 0) {

@@ -1,8 +1,10 @@
-"""The Hopper GEMM over two sources: what the compiler made of it, and its schedule, emulated.
+"""The Hopper GEMM over two sources: what the compiler made of it, and its source, emulated.
 
 Without a GPU nothing here has run on one: the emulator's word is the PTX ISA's, not a device's.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +17,11 @@ from closeness import assert_no_worse
 from floe_kernels.ops.experimental_two_source import two_source_grad, two_source_linear
 
 compiles = pytest.mark.skipif(nvcc.why_not() is not None, reason=str(nvcc.why_not()))
-# every interleaving of a ring: sanitizers would make minutes of it
-FAST = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+# the address sanitizer does not follow fibers
+HOST_FLAGS = (
+    "-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+)  # fmt: skip
 
 
 def hopper():
@@ -66,14 +71,11 @@ def test_one_source_file_serves_every_gpu():
     assert nvcc.link(made).stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("source", "flags"),
-    [("two_source_test.cpp", nvcc.HOST_FLAGS), ("two_source_ring_test.cpp", FAST)],
-)
-def test_schedule_on_an_emulated_cluster(source, flags):
-    done = subprocess.run(
-        [nvcc.host_program(source, flags)], capture_output=True, text=True, timeout=280
-    )
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("source", ["two_source_test.cpp", "two_source_ring_test.cpp"])
+def test_on_an_emulated_cluster(source):
+    program = nvcc.host_program(source, HOST_FLAGS)
+    done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert "no failures" in done.stdout
 

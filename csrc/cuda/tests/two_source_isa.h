@@ -1,17 +1,48 @@
-// What TMA, wgmma and stmatrix do with bytes, written from the PTX ISA's words and tables ("Tensor
+// What TMA, wgmma, stmatrix and mbarrier do, written from the PTX ISA's words and tables ("Tensor
 // swizzling modes", "Asynchronous Warpgroup Level Matrix Shared Memory Layout", "Canonical
-// Layouts", "Register Fragments", "stmatrix") and from nothing of the kernel, so that it can
-// contradict it. Elements are 16-bit integers: every sum here is exact.
+// Layouts", "Register Fragments", "stmatrix", "mbarrier") and from nothing of the kernel, so that
+// it can contradict it. Elements are 16-bit integers: every sum here is exact.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <vector>
 
 namespace floe::isa {
 
 using Element = int16_t;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+inline void expect(bool holds, const char* what) {
+  if (!holds) fail(what);
+}
+
+struct Barrier {
+  int count, pending, phase = 0;
+  long bytes = 0;
+
+  explicit Barrier(int count) : count(count), pending(count) {}
+  // Whether the phase of that parity is over: the one before the first has parity 1.
+  bool over(uint32_t parity) const { return (phase & 1) != static_cast<int>(parity); }
+  void arrive(int arrivals) {
+    expect(pending >= arrivals, "a barrier is arrived at more often than its phase expects");
+    pending -= arrivals;
+    flip();
+  }
+  void transfer(long change) {
+    bytes += change;
+    expect(std::labs(bytes) < 1 << 20, "a barrier counts more bytes than it can");
+    flip();
+  }
+  void flip() {
+    if (pending == 0 && bytes == 0) ++phase, pending = count;
+  }
+};
 
 struct Global {
   int rows, columns;
@@ -29,7 +60,7 @@ struct Memory {
 
   Element& element(uint32_t address) {
     const uint32_t at = address & 0xffffff;
-    if (at % 2 || at + 2 > kBytes) throw "an address outside shared memory";
+    expect(!(at % 2 || at + 2 > kBytes), "an address outside shared memory");
     return *reinterpret_cast<Element*>(&bytes[at]);
   }
 };
@@ -48,9 +79,9 @@ inline uint32_t swizzled(uint32_t address) {
 // cp.async.bulk.tensor.2d, tiled, 128-byte swizzle: calls touch(address, row, column) an element.
 inline void for_box(uint32_t address, int inner_size, int outer_size, int inner, int outer,
                     const std::function<void(uint32_t, int, int)>& touch) {
-  if (inner_size * 2 > 128) throw "a swizzled box is wider than 128 bytes";
-  if (inner_size > 256 || outer_size > 256) throw "a box is longer than 256";
-  if (address % 128) throw "a swizzled box starts between two rows of 128 bytes";
+  expect(!(inner_size * 2 > 128), "a swizzled box is wider than 128 bytes");
+  expect(!(inner_size > 256 || outer_size > 256), "a box is longer than 256");
+  expect(!(address % 128), "a swizzled box starts between two rows of 128 bytes");
   for (int o = 0; o < outer_size; ++o) {
     for (int i = 0; i < inner_size; ++i) {
       touch(swizzled(address + (o * inner_size + i) * 2), outer + o, inner + i);
@@ -79,8 +110,8 @@ inline Element operand(Memory& memory, uint64_t descriptor, bool mn_major, int m
   const auto field = [&](int low, int bits) {
     return static_cast<uint32_t>(descriptor >> low & ((uint64_t{1} << bits) - 1));
   };
-  if (field(62, 2) != 1) throw "a descriptor without the 128-byte swizzle";
-  if (field(49, 3) != 0 || field(46, 3) != 0 || field(52, 10) != 0) throw "a field that is not 0";
+  expect(!(field(62, 2) != 1), "a descriptor without the 128-byte swizzle");
+  expect(!(field(49, 3) != 0 || field(46, 3) != 0 || field(52, 10) != 0), "a field that is not 0");
   const uint32_t start = field(0, 14) << 4, lbo = field(16, 14) << 4, sbo = field(32, 14) << 4;
   constexpr uint32_t kT = 8, kSize = 2;
   const uint32_t offset = mn_major
@@ -91,20 +122,17 @@ inline Element operand(Memory& memory, uint64_t descriptor, bool mn_major, int m
   return memory.element(address ^ (address >> 3 & 0x70));
 }
 
-// The sums of one warpgroup: [thread][register]. NaN until a product that does not accumulate.
-using Sums = std::vector<std::vector<double>>;
-
-// wgmma.mma_async.m64nNk16, A K-major in shared memory.
-inline void wgmma(Memory& memory, Sums& sums, int n, uint64_t a, uint64_t b, bool b_mn_major,
-                  bool accumulate) {
-  std::vector<double> left(64 * 16), right(static_cast<size_t>(n) * 16);
+// wgmma.mma_async.m64nNk16, A K-major in shared memory; the sums of each thread of the warpgroup.
+inline void wgmma(Memory& memory, const std::vector<float*>& sums, int n, uint64_t a, uint64_t b,
+                  bool b_mn_major, bool accumulate) {
+  std::vector<float> left(64 * 16), right(static_cast<size_t>(n) * 16);
   for (int i = 0; i < 64 * 16; ++i) left[i] = operand(memory, a, false, i / 16, i % 16);
   for (int i = 0; i < n * 16; ++i) right[i] = operand(memory, b, b_mn_major, i / 16, i % 16);
   for (int thread = 0; thread < 128; ++thread) {
     for (int i = 0; i < n / 2; ++i) {
       const int row = 16 * (thread >> 5) + ((thread & 31) >> 2) + 8 * (i >> 1 & 1);
       const int column = 8 * (i >> 2) + 2 * (thread & 3) + (i & 1);
-      double sum = accumulate ? sums[thread][i] : 0;
+      float sum = accumulate ? sums[thread][i] : 0;
       for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[column * 16 + k];
       sums[thread][i] = sum;
     }
@@ -113,13 +141,14 @@ inline void wgmma(Memory& memory, Sums& sums, int n, uint64_t a, uint64_t b, boo
 
 // stmatrix.x4: row r of matrix j goes where lane 8 j + r says; lane l has elements (l / 4, 2 (l %
 // 4)) and the next of each.
-inline void stmatrix(Memory& memory, const uint32_t (&rows)[32], const Element (&held)[32][4][2]) {
+inline void stmatrix(Memory& memory, const uint32_t (&rows)[32], const uint32_t (&held)[32][4]) {
   for (int lane = 0; lane < 32; ++lane) {
-    if (rows[lane] % 16) throw "a row of stmatrix is not at a multiple of 16 bytes";
+    expect(!(rows[lane] % 16), "a row of stmatrix is not at a multiple of 16 bytes");
     for (int j = 0; j < 4; ++j) {
       for (int e = 0; e < 2; ++e) {
         const int row = lane / 4, column = lane % 4 * 2 + e;
-        memory.element(rows[8 * j + row] + column * 2) = held[lane][j][e];
+        memory.element(rows[8 * j + row] + column * 2) =
+            static_cast<Element>(held[lane][j] >> 16 * e);
       }
     }
   }

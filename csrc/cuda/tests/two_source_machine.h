@@ -1,39 +1,26 @@
-// A cluster of blocks that runs the schedule's own loops: barriers as the PTX ISA's "mbarrier" has
-// them, copies that land and products that run whenever they like, and any thread next.
-//
-// The loops' control flow does not depend on data, so each thread's calls are recorded once, as a
-// program, and then interleaved at will. A consumer here is a warpgroup.
+// A cluster without data: barriers, copies in flight and products in flight, small enough to be
+// copied at every step. The schedule's own loops give each thread its program, recorded once, since
+// what they do does not depend on data. A consumer here is a warpgroup.
 #pragma once
 
-#include <cstdio>
-#include <cstdlib>
-#include <deque>
 #include <vector>
 
+#include "cuda/tests/two_source_isa.h"
 #include "cuda/two_source_schedule.h"
 
 namespace floe::two_source {
 
-[[noreturn]] inline void fail(const char* what) {
-  std::printf("%s\n", what);
-  std::exit(1);
-}
-inline void expect(bool holds, const char* what) {
-  if (!holds) fail(what);
-}
+using isa::Barrier;
+using isa::expect;
 
-enum class Kind { kWait, kExpect, kLoad, kMultiply, kSettle, kRelease, kStore };
+enum class Kind { kWait, kExpect, kLoad, kMultiply, kSettle, kRelease };
 
 struct Op {
   Kind kind;
-  int stage;
-  int step;             // of all the steps this block does
-  uint32_t parity = 0;  // kWait
-  int value = 0;        // kExpect: bytes; kSettle: products left; kMultiply: blocks
-  bool b = false;       // kLoad: of B; kMultiply: accumulate
-  int offset = 0, source = 0, inner = 0, outer = 0, bytes = 0;
-  Major major = Major::kDepth;
-  Origin at = {};
+  int stage, step;  // step: of all that this block does
+  uint32_t parity = 0;
+  int value = 0;        // kExpect, kLoad: bytes; kSettle: products left
+  bool to_all = false;  // kLoad: into every block
 };
 using Program = std::vector<Op>;
 
@@ -44,29 +31,15 @@ struct ProducerRecorder {
 
   int rank() const { return block; }
   void wait_empty(int stage, uint32_t parity) {
-    ops.push_back({.kind = Kind::kWait, .stage = stage, .step = ++step, .parity = parity});
+    ops.push_back({Kind::kWait, stage, ++step, parity});
   }
-  void expect(int stage, int bytes) {
-    ops.push_back({.kind = Kind::kExpect, .stage = stage, .step = step, .value = bytes});
+  void expect(int stage, int bytes) { ops.push_back({Kind::kExpect, stage, step, 0, bytes}); }
+  void load(int stage, Box box, bool to_all) {
+    ops.push_back({Kind::kLoad, stage, step, 0, box.inner * box.outer * 2, to_all});
   }
-  void load(int stage, int offset, int source, int inner, int outer, bool b, Major major, Box box) {
-    ops.push_back({.kind = Kind::kLoad,
-                   .stage = stage,
-                   .step = step,
-                   .b = b,
-                   .offset = offset,
-                   .source = source,
-                   .inner = inner,
-                   .outer = outer,
-                   .bytes = box.inner * box.outer * 2,
-                   .major = major});
-  }
-  void load_a(int stage, int offset, int source, int inner, int outer) {
-    load(stage, offset, source, inner, outer, false, Major::kDepth, box_a<Tile>());
-  }
-  void load_b(int stage, int offset, int source, int inner, int outer) {
-    const Major major = source == 0 ? first : Major::kColumn;
-    load(stage, offset, source, inner, outer, true, major, box_b<Tile>(major));
+  void load_a(int stage, int, int, int, int) { load(stage, box_a<Tile>(), false); }
+  void load_b(int stage, int, int source, int, int) {
+    load(stage, box_b<Tile>(source == 0 ? first : Major::kColumn), true);
   }
 };
 
@@ -76,25 +49,18 @@ struct ConsumerRecorder {
 
   int rank() const { return block; }
   void wait_full(int stage, uint32_t parity) {
-    ops.push_back({.kind = Kind::kWait, .stage = stage, .step = ++step, .parity = parity});
+    ops.push_back({Kind::kWait, stage, ++step, parity});
   }
   template <Major major, int blocks>
-  void multiply(int stage, bool accumulate) {
-    ops.push_back({.kind = Kind::kMultiply,
-                   .stage = stage,
-                   .step = step,
-                   .value = blocks,
-                   .b = accumulate,
-                   .major = major});
+  void multiply(int stage, bool) {
+    ops.push_back({Kind::kMultiply, stage, step});
   }
   template <int left>
   void settle() {
-    ops.push_back({.kind = Kind::kSettle, .stage = 0, .step = step, .value = left});
+    ops.push_back({Kind::kSettle, 0, step, 0, left});
   }
-  void release(int stage) { ops.push_back({.kind = Kind::kRelease, .stage = stage, .step = step}); }
-  void store(Origin at) {
-    ops.push_back({.kind = Kind::kStore, .stage = 0, .step = step, .at = at});
-  }
+  void release(int stage) { ops.push_back({Kind::kRelease, stage, step}); }
+  void store(Origin) {}
 };
 
 // Thread t of a block: the producer is 0, the consumers 1 and 2.
@@ -116,27 +82,6 @@ std::vector<Program> record(const Problem& problem, int cluster, int clusters) {
   }
   return programs;
 }
-
-struct Barrier {
-  int count, pending, phase = 0;
-  long bytes = 0;
-
-  explicit Barrier(int count) : count(count), pending(count) {}
-  bool over(uint32_t parity) const { return (phase & 1) != static_cast<int>(parity); }
-  void arrive(int arrivals) {
-    expect(pending >= arrivals, "a barrier is arrived at more often than its phase expects");
-    pending -= arrivals;
-    flip();
-  }
-  void transfer(long change) {
-    bytes += change;
-    expect(std::labs(bytes) < 1 << 20, "a barrier counts more bytes than it can");
-    flip();
-  }
-  void flip() {
-    if (pending == 0 && bytes == 0) ++phase, pending = count;
-  }
-};
 
 // A copy on its way into one block.
 struct Flight {
@@ -187,7 +132,7 @@ struct Machine {
       barrier.arrive(1);
     } else if (op.kind == Kind::kLoad) {
       for (int to = 0; to < Tile::kCluster; ++to) {
-        if (!op.b && to != block) continue;
+        if (!op.to_all && to != block) continue;
         for (int c = 1; c < kActors; ++c) {
           expect(read[to * kActors + c] > op.step - Tile::kStages,
                  "a copy starts into a stage that is still to be read");
@@ -208,8 +153,8 @@ struct Machine {
   Flight land(int f) {
     const Flight flight = flights[f];
     flights.erase(flights.begin() + f);
-    landed[flight.block][flight.op->step] += flight.op->bytes;
-    full[at(flight.block, flight.op->stage)].transfer(-flight.op->bytes);
+    landed[flight.block][flight.op->step] += flight.op->value;
+    full[at(flight.block, flight.op->stage)].transfer(-flight.op->value);
     return flight;
   }
 

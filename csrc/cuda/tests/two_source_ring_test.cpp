@@ -25,7 +25,7 @@ std::string key(const Machine<Tile>& machine) {
   // copies of one step into one block are alike but for their size
   std::vector<int> sums(machine.landed[0].size() * Tile::kCluster);
   for (const Flight& f : machine.flights) {
-    sums[f.op->step * Tile::kCluster + f.block] += f.op->bytes / 4096;
+    sums[f.op->step * Tile::kCluster + f.block] += f.op->value / 4096;
   }
   for (const int sum : sums) bytes += static_cast<char>(sum);
   return bytes;

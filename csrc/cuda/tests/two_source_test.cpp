@@ -1,171 +1,57 @@
-// The two-source GEMM on an emulated cluster, whole: copies that land late and products that run
-// late, in random order, on ragged problems, against plain loops; and the walk over the tiles.
+// The two-source kernel itself on an emulated cluster, on ragged problems, against plain loops; the
+// walk over the tiles; what a block shares.
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <random>
 #include <set>
 
-#include "cuda/tests/two_source_isa.h"
-#include "cuda/tests/two_source_machine.h"
+#include "cuda/tests/two_source_sm.h"
+#include "cuda/two_source_gemm.cuh"
 
 namespace floe::two_source {
 namespace {
 
+using isa::expect;
 using isa::Global;
 
-struct Operands {
-  std::vector<Global> a, b;  // a source each
-  std::vector<isa::Element> bias;
-  Global out, writes;
-};
-
-// One lane's calls in the epilogue.
-struct Call {
-  enum { kClaim, kPut, kPublish } kind;
-  int buffer = 0, offset = 0, i = 0, column = 0, row = 0;
-};
-struct LaneRecorder {
-  std::vector<Call> calls = {};
-  void claim() { calls.push_back({Call::kClaim}); }
-  void put(int buffer, int offset, int i, int column) {
-    calls.push_back({Call::kPut, buffer, offset, i, column});
-  }
-  void publish(int buffer, int column, int row) {
-    calls.push_back({Call::kPublish, buffer, 0, 0, column, row});
-  }
-};
-
 template <class Tile, Major first>
-struct Emulator {
-  Machine<Tile> machine;
-  Operands& data;
-  std::mt19937& random;
-  std::vector<isa::Memory> memory = std::vector<isa::Memory>(Tile::kCluster);
-  std::map<int, isa::Sums> sums = {};                            // by thread of the machine
-  std::map<int, std::deque<std::function<void()>>> stores = {};  // by warp: not yet read
-
-  static Shared<Tile> shared(int block) { return Shared<Tile>(block << 24 | 0x410); }
-
-  void land(int f) {
-    const auto [op, block] = machine.land(f);
-    const Box box = op->b ? box_b<Tile>(op->major) : box_a<Tile>();
-    isa::tma_load(memory[block], shared(block).stage(op->stage) + op->offset,
-                  (op->b ? data.b : data.a)[op->source], box.inner, box.outer, op->inner,
-                  op->outer);
-  }
-
-  void finish(int t) {
-    const Op& op = machine.finish(t);
-    const int block = t / kActors, warpgroup = t % kActors - 1;
-    const uint32_t stage = shared(block).stage(op.stage);
-    const uint64_t a = descriptor_a(stage, warpgroup), b = descriptor_b<Tile>(stage, op.major);
-    auto& held =
-        sums.try_emplace(t, 128, std::vector<double>(Tile::kColumns / 2, NAN)).first->second;
-    for (int i = 0; i < op.value; ++i) {
-      isa::wgmma(memory[block], held, Tile::kColumns, a + i * descriptor_step(Major::kDepth),
-                 b + i * descriptor_step(op.major), op.major == Major::kColumn, op.b || i);
-    }
-  }
-
-  void store(int t, Origin at) {
-    const int block = t / kActors;
-    for (int w = 0; w < 4; ++w) {
-      const int warp = (t % kActors - 1) * 4 + w;
-      LaneRecorder lanes[32];
-      for (int lane = 0; lane < 32; ++lane) store_tile<Tile>(at, warp, lane, lanes[lane]);
-      for (size_t c = 0; c < lanes[0].calls.size(); ++c) replay(t, block, warp, lanes, c);
-    }
-    for (auto& thread : sums[t]) std::fill(thread.begin(), thread.end(), NAN);
-  }
-
-  isa::Element rounded(double sum, int column) const {
-    if (column < data.out.columns) sum += data.bias[column];
-    expect(std::abs(sum) < 30000, "a sum is missing or not in range");
-    return static_cast<isa::Element>(sum);
-  }
-
-  void replay(int t, int block, int warp, LaneRecorder (&lanes)[32], size_t c) {
-    const Call& call = lanes[0].calls[c];
-    auto& queue = stores[block * kConsumerWarps + warp];
-    const auto address = [&](int buffer) { return shared(block).staging(warp, buffer); };
-    if (call.kind == Call::kClaim) {
-      while (queue.size() > 1) queue.front()(), queue.pop_front();
-    } else if (call.kind == Call::kPublish) {
-      queue.push_back([this, block, call, from = address(call.buffer)] {
-        const Box box = box_out();
-        isa::tma_store(data.out, data.writes, memory[block], from, box.inner, box.outer,
-                       call.column, call.row);
-      });
-    } else {
-      uint32_t rows[32];
-      isa::Element held[32][4][2];
-      for (int lane = 0; lane < 32; ++lane) {
-        const Call& own = lanes[lane].calls[c];
-        const auto& mine = sums[t][warp % 4 * 32 + lane];
-        rows[lane] = address(own.buffer) + own.offset;
-        for (int j = 0; j < 4; ++j) {  // as Consumer::put packs them
-          for (int e = 0; e < 2; ++e) {
-            held[lane][j][e] = rounded(mine[own.i + 2 * j + e], own.column + j / 2 * 8 + e);
-          }
-        }
-      }
-      isa::stmatrix(memory[block], rows, held);
-    }
-  }
-
-  void run() {
-    while (!machine.over() || !machine.flights.empty()) {
-      std::vector<std::function<void()>> choices;
-      for (int t = 0; t < machine.threads(); ++t) {
-        if (machine.ready(t)) {
-          choices.push_back([&, t] {
-            const Op& op = machine.advance(t);
-            if (op.kind == Kind::kStore) store(t, op.at);
-          });
-        }
-        if (!machine.running[t].empty()) choices.push_back([&, t] { finish(t); });
-      }
-      for (size_t f = 0; f < machine.flights.size(); ++f) choices.push_back([&, f] { land(f); });
-      expect(!choices.empty(), "a deadlock");
-      choices[random() % choices.size()]();
-    }
-    for (auto& [warp, queue] : stores) {
-      for (auto& copy : queue) copy();
-    }
-  }
-};
-
-template <class Tile, Major first>
-void multiply(const Problem& problem, int clusters, std::mt19937& random) {
+void multiply(const Problem& problem, int clusters, bool with_bias, std::mt19937& random) {
   const auto fill = [&](Global& m) {
     for (auto& value : m.data) value = static_cast<isa::Element>(random() % 9) - 4;
   };
   const int T = problem.rows, N = problem.columns;
-  Operands data = {{}, {}, {}, Global(T, N, -32768), Global(T, N)};
+  std::vector<Global> a, b;
+  Global out(T, N, -32768), writes(T, N), bias(1, N + N % 2);
+  if (with_bias) fill(bias);
   for (int s = 0; s < problem.sources; ++s) {
     const int K = problem.depth[s];
     const bool deep = s == 0 && first == Major::kDepth;
-    fill(data.a.emplace_back(T, K));
-    fill(deep ? data.b.emplace_back(N, K) : data.b.emplace_back(K, N));
+    fill(a.emplace_back(T, K));
+    fill(deep ? b.emplace_back(N, K) : b.emplace_back(K, N));
   }
-  for (int n = 0; n < N; ++n) data.bias.push_back(static_cast<isa::Element>(random() % 999));
+  Arguments args = {};
+  args.problem = problem;
+  args.bias = with_bias ? bias.data.data() : nullptr;
+  args.out = {&out, &writes, box_out()};
+  for (int s = 0; s < problem.sources; ++s) {
+    args.a[s] = {&a[s], nullptr, box_a<Tile>()};
+    args.b[s] = {&b[s], nullptr, box_b<Tile>(s == 0 ? first : Major::kColumn)};
+  }
 
-  for (int cluster = 0; cluster < clusters; ++cluster) {
-    const auto programs = record<Tile, first>(problem, cluster, clusters);
-    Emulator<Tile, first>{Machine<Tile>(programs), data, random}.run();
+  for (int c = 0; c < clusters; ++c) {
+    sm::run(Tile::kCluster, c, clusters, [&] { two_source_gemm<Tile, first, isa::Element>(args); });
   }
   for (int t = 0; t < T; ++t) {
     for (int n = 0; n < N; ++n) {
-      long sum = data.bias[n];
+      long sum = bias.at(0, n);
       for (int s = 0; s < problem.sources; ++s) {
         const bool deep = s == 0 && first == Major::kDepth;
         for (int k = 0; k < problem.depth[s]; ++k) {
-          sum += long{data.a[s].at(t, k)} * (deep ? data.b[s].at(n, k) : data.b[s].at(k, n));
+          sum += long{a[s].at(t, k)} * (deep ? b[s].at(n, k) : b[s].at(k, n));
         }
       }
-      expect(data.writes.at(t, n) == 1, "an element is not written once");
-      expect(data.out.at(t, n) == sum, "a wrong element");
+      expect(writes.at(t, n) == 1, "an element is not written once");
+      expect(out.at(t, n) == sum, "a wrong element");
     }
   }
 }
@@ -200,6 +86,15 @@ void walk_is_compact() {
     rows.insert(at.row), columns.insert(at.column);
   }
   expect(rows.size() * 2 * Wide::kRows + columns.size() * Wide::kColumns <= 4608, "a long wave");
+}
+
+// Tiles are chosen by when the last SM ends.
+void choice_of_tile() {
+  expect(prefers_wide(8192, 4096, 132), "wide: 8 rounds against 16 of half the work");
+  expect(prefers_wide(1024, 4096, 132), "wide: one round against two");
+  expect(!prefers_wide(512, 4096, 132), "narrow: one round either way");
+  expect(!prefers_wide(1, 4096, 132), "narrow: one round either way");
+  expect(!prefers_wide(1025, 4096, 132), "narrow: the second round of wide tiles is all but empty");
 }
 
 template <class Tile>
@@ -237,17 +132,17 @@ void run(std::mt19937& random) {
         static_cast<int>(random() % 200) + 1);
   }
   constexpr Major kDeep = Major::kDepth, kFlat = Major::kColumn;
-  multiply<Tile, kDeep>({1, 8, 1, {1}}, 1, random);
-  multiply<Tile, kDeep>({300, 264, 2, {200, 40}}, 1, random);
-  multiply<Tile, kDeep>({129, 520, 2, {448, 16}}, 2, random);
-  multiply<Tile, kFlat>({63, 256, 2, {64, 136}}, 1, random);
-  multiply<Tile, kFlat>({257, 304, 3, {136, 72, 8}}, 2, random);
-  multiply<Tile, kFlat>({64, 40, 3, {72, 16, 3}}, 3, random);
-  for (int i = 0; i < 6; ++i) {
+  multiply<Tile, kDeep>({1, 8, 1, {1}}, 1, false, random);
+  multiply<Tile, kDeep>({300, 264, 2, {200, 40}}, 1, true, random);
+  multiply<Tile, kDeep>({129, 520, 2, {448, 16}}, 2, true, random);
+  multiply<Tile, kFlat>({63, 256, 2, {64, 136}}, 1, false, random);
+  multiply<Tile, kFlat>({257, 304, 3, {136, 72, 8}}, 2, false, random);
+  multiply<Tile, kFlat>({64, 40, 3, {72, 16, 3}}, 3, false, random);  // two have nothing to do
+  for (int i = 0; i < 10; ++i) {
     const auto draw = [&](int most) { return static_cast<int>(random() % most) + 1; };
     const Problem problem = {draw(400), draw(400), draw(3), {draw(300), draw(130), draw(70)}};
-    i % 2 ? multiply<Tile, kDeep>(problem, draw(3), random)
-          : multiply<Tile, kFlat>(problem, draw(3), random);
+    i % 2 ? multiply<Tile, kDeep>(problem, draw(3), true, random)
+          : multiply<Tile, kFlat>(problem, draw(3), false, random);
   }
 }
 
@@ -257,11 +152,8 @@ void run(std::mt19937& random) {
 int main() {
   std::mt19937 random(1);
   floe::two_source::walk_is_compact();
-  try {
-    floe::two_source::run<floe::two_source::Wide>(random);
-    floe::two_source::run<floe::two_source::Narrow>(random);
-  } catch (const char* what) {
-    floe::two_source::fail(what);
-  }
+  floe::two_source::choice_of_tile();
+  floe::two_source::run<floe::two_source::Wide>(random);
+  floe::two_source::run<floe::two_source::Narrow>(random);
   std::printf("no failures\n");
 }
