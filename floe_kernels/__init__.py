@@ -11,6 +11,7 @@ from floe_kernels.integrations.transformers import (
     save_adapter,
 )
 from floe_kernels.nn import FusedMoELoRA
+from floe_kernels.nn.shared_inputs import fuse_shared_inputs
 from floe_kernels.scores import FisherCollector
 
 with contextlib.suppress(ModuleNotFoundError):  # built with FLOE_BUILD=none
@@ -23,6 +24,7 @@ __all__ = [
     "allocation",
     "apply_plan",
     "functional",
+    "fuse_shared_inputs",
     "load_adapter",
     "nn",
     "reference",

@@ -50,17 +50,19 @@ def shared_adapters(
     x = drop_masked(x, token_mask)
     routers = torch.cat([s.router_weight for s in siblings])
     plain = [s.lora_A for s in siblings if not s.dropout_p]
-    z = iter((x @ torch.cat(plain or [x[:0]]).T.to(x.dtype)).split([len(a) for a in plain], 1))
-    logits = (x.to(wide) @ routers.T.to(wide)).split([len(s.ranks) for s in siblings], 1)
-    return [
-        route(
-            dropout(x, s.dropout_p, s.dropout_seed) @ s.lora_A.T.to(x.dtype)
-            if s.dropout_p
-            else next(z),
-            own, s.scaling, s.ranks, s.top_k, s.shared_A, s.renormalize, token_mask,
-        )
-        for s, own in zip(siblings, logits, strict=True)
-    ]  # fmt: skip
+    all_z = x @ torch.cat(plain or [x[:0]]).T.to(x.dtype)
+    all_logits = x.to(wide) @ routers.T.to(wide)
+    z = iter(torch.split(all_z, [len(lora_A) for lora_A in plain], 1))
+    logits = torch.split(all_logits, [len(s.ranks) for s in siblings], 1)
+    routed = []
+    for s, own in zip(siblings, logits, strict=True):
+        if s.dropout_p:
+            shrunk = dropout(x, s.dropout_p, s.dropout_seed) @ s.lora_A.T.to(x.dtype)
+        else:
+            shrunk = next(z)
+        config = (s.scaling, s.ranks, s.top_k, s.shared_A, s.renormalize)
+        routed.append(route(shrunk, own, *config, token_mask))
+    return routed
 
 
 def moe_lora_shared_linear(

@@ -302,7 +302,7 @@ def grad_squares(
         sizes = (size if grad is not None else 0, size if square is not None else 0)
         add_parts_kernel[(triton.cdiv(sum(sizes), 1024),)](
             part, square if grad is None else grad, grad if square is None else square,
-            units, *sizes, INTO2=True, BLOCK=1024, **options(),
+            part.stride(0), units, *sizes, INTO2=True, BLOCK=1024, **options(),
         )  # fmt: skip
     return None if norms is None else norms.sum(0)
 

@@ -49,6 +49,14 @@ def most_stages(device: torch.device) -> int:
     return 4 if large else 2
 
 
+@cache
+def products_read_memory(device: torch.device) -> bool:
+    """Say whether products take operands from shared memory, as from Hopper on, or registers."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def options(
     warps: int = 4, stages: int = 2, device: torch.device | None = None
 ) -> dict[str, object]:
@@ -144,7 +152,9 @@ def shrink_tile(x: Tensor, weight: Tensor, num_experts: int = 0) -> Tile:
     tile = block(columns, most_columns(x.device))
     # float32 weights are narrowed in registers: for 256 columns, or a router of 64 experts (which
     # is split in three), half the depth, or they spill (sm_80) or overflow shared memory
-    halved = weight.dtype != x.dtype and (tile > 128 or num_experts > 32)
+    # and before Hopper, where beside dropout 8 bytes spill
+    crowded = tile > 128 or num_experts > 32 or not products_read_memory(x.device)
+    halved = weight.dtype != x.dtype and crowded
     # 64 rows are 128 programs at 8192 tokens, one for each of an H100's 132 multiprocessors. Eight
     # warps take 94 registers, four 254. Four stages keep 24 KB of x in flight in 106 KB; at 256
     # columns three take 185 registers and 129 KB
@@ -156,7 +166,8 @@ def gate_tile(dy: Tensor, weight: Tensor) -> Tile:
     if not is_narrow(dy):
         return Tile(32, block(len(weight), 64), 16, 4, 2)
     tile = block(len(weight), most_columns(dy.device))
-    halved = weight.dtype != dy.dtype and tile > 128
+    # float32 weights: at full depth 2 registers spill on gfx942
+    halved = weight.dtype != dy.dtype and (tile > 128 or not products_read_memory(dy.device))
     # with the softmax behind it 239 registers in eight warps, 98 KB; in four it spills
     return Tile(64, tile, 32 if halved else 64, 8, 3 if tile > 128 else 4)
 
@@ -180,7 +191,23 @@ def weight_tile(x: Tensor, columns: int, crowded: bool = False) -> Tile:
     # 148 registers and 100 KB; with dropout 128 rows spill 48 bytes and 64 take 133 registers, 254
     # for 256 columns, which spill on sm_80
     tile = block(columns, 128 if crowded else most_columns(x.device))
+    if not products_read_memory(x.device):
+        # sm_80 spills 8 bytes with 128 rows, and 24 with dropout at a depth of 64
+        return Tile(64, tile, 32 if crowded else 64, 8, 3)
     return Tile(64 if crowded or tile > 128 else 128, tile, 64, 8, 3)
+
+
+def shared_shrink_tile(x: Tensor, weights: Sequence[Tensor]) -> Tile:
+    """Tokens by packed columns of each of two or three linears, summed over inputs."""
+    columns = block(max(map(len, weights)), 128)
+    halved = weights[0].dtype != x.dtype  # float32 weights are narrowed in registers
+    # three sums of 64 x 128 and of 64 x 16: 245 registers, 190 KB in three stages
+    return Tile(64, columns, 32 if halved else 64, 8, 3)
+
+
+def shared_weight_tile(columns: int) -> Tile:
+    """Inputs by packed columns of each of two or three linears, summed over tokens."""
+    return Tile(64, block(columns, 128), 64, 8, 3)  # 227 registers, 174 KB
 
 
 def square_tile(dtype: torch.dtype, columns: int, rows_a_sample: int, sums: int) -> Tile:

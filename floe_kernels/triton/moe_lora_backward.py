@@ -181,7 +181,7 @@ def weight_gradient(
         size, size2 = r * d, e * d
         add_parts_kernel[(triton.cdiv(size + size2, 1024),)](
             part, out if out is not None else out2, out2 if out2 is not None else out,
-            split, size, size2, INTO2=False, BLOCK=1024, **options(),
+            size + size2, split, size, size2, INTO2=False, BLOCK=1024, **options(),
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def _products(
 
 
 @triton.jit
-def _route(
+def route(
     logits,  # (BLOCK_N, BLOCK_E)
     token_mask_ptr,
     gates_ptr,
@@ -108,7 +108,7 @@ def _route(
 
 
 @triton.jit
-def _store_z_and_h(
+def store_z_and_h(
     z,  # (BLOCK_N, BLOCK_C) float32
     gates,
     experts,
@@ -194,11 +194,11 @@ def shrink_route_kernel(
         steps, threshold, keep_scale, x_stride_n, N, I, True, True, HAS_MASK, DROPOUT,
         PRECISION, WIDEN, BLOCK_N, BLOCK_I,
     )  # fmt: skip
-    gates, experts = _route(
+    gates, experts = route(
         logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
         K, RENORMALIZE, HAS_MASK, BLOCK_K,
     )  # fmt: skip
-    _store_z_and_h(
+    store_z_and_h(
         z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C,
         N, R, C, E, K, SHARED,
     )  # fmt: skip
@@ -256,6 +256,60 @@ def shrink_part_kernel(
         tl.store(out, logits, mask=in_n[:, None] & in_e[None, :])
 
 
+@triton.jit
+def route_parts(
+    part_ptr,
+    scaling_ptr,
+    column_expert_ptr,
+    token_mask_ptr,
+    z_ptr,
+    h_ptr,
+    gates_ptr,
+    experts_ptr,
+    logits_ptr,
+    first,
+    P,
+    N,
+    W,  # columns of a row of the parts: these and, where linears share x, others'
+    R,
+    C,
+    E,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add up BLOCK_N tokens' parts and do with the sums as :func:`shrink_route_kernel` does."""
+    n = first + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
+    in_ne = (n < N)[:, None] & (e < E)[None, :]
+    logits = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for part in range(P):
+        row = (n + part * N) * W + C
+        logits += tl.load(part_ptr + row[:, None] + e[None, :], mask=in_ne, other=0.0)
+    gates, experts = route(
+        logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
+        K, RENORMALIZE, HAS_MASK, BLOCK_K,
+    )  # fmt: skip
+    if HAS_A:
+        for block in range(tl.cdiv(C, BLOCK_C)):
+            c = tl.arange(0, BLOCK_C) + block * BLOCK_C
+            in_nc = (n < N)[:, None] & (c < C)[None, :]
+            z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+            for part in range(P):
+                row = (n + part * N) * W
+                z += tl.load(part_ptr + row[:, None] + c[None, :], mask=in_nc, other=0.0)
+            store_z_and_h(
+                z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C,
+                N, R, C, E, K, SHARED,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["P", "N"])
 def route_parts_kernel(
     part_ptr,  # (P, N, C + E) float32
@@ -284,26 +338,8 @@ def route_parts_kernel(
 ) -> None:
     """Add the parts in order, then route and mask as :func:`shrink_route_kernel` does."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E)
-    in_ne = (n < N)[:, None] & (e < E)[None, :]
-    logits = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for part in range(P):
-        row = (n + part * N) * (C + E) + C
-        logits += tl.load(part_ptr + row[:, None] + e[None, :], mask=in_ne, other=0.0)
-    gates, experts = _route(
-        logits, token_mask_ptr, gates_ptr, experts_ptr, logits_ptr, n, e, N, E,
-        K, RENORMALIZE, HAS_MASK, BLOCK_K,
+    route_parts(
+        part_ptr, scaling_ptr, column_expert_ptr, token_mask_ptr, z_ptr, h_ptr, gates_ptr,
+        experts_ptr, logits_ptr, first, P, N, C + E, R, C, E,
+        K, RENORMALIZE, SHARED, HAS_A, HAS_MASK, BLOCK_N, BLOCK_C, BLOCK_E, BLOCK_K,
     )  # fmt: skip
-    if HAS_A:
-        for block in range(tl.cdiv(C, BLOCK_C)):
-            c = tl.arange(0, BLOCK_C) + block * BLOCK_C
-            in_nc = (n < N)[:, None] & (c < C)[None, :]
-            z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-            for part in range(P):
-                row = (n + part * N) * (C + E)
-                z += tl.load(part_ptr + row[:, None] + c[None, :], mask=in_nc, other=0.0)
-            _store_z_and_h(
-                z, gates, experts, scaling_ptr, column_expert_ptr, z_ptr, h_ptr, first, c, c < C,
-                N, R, C, E, K, SHARED,
-            )  # fmt: skip

@@ -9,6 +9,40 @@ import triton.language as tl
 from floe_kernels.triton.tiles import dot, kept_elements
 
 
+@triton.jit
+def add_product(
+    acc,  # (BLOCK_N, BLOCK_O)
+    left_ptr,  # (N, R)
+    right_ptr,  # (R, O)
+    first,
+    t,
+    o,
+    in_n,
+    in_o,
+    left_stride_n,
+    R,
+    O,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return ``acc`` plus one tile of ``left right``, the rows ``first + t``."""
+    for block in range(tl.cdiv(R, BLOCK_R)):
+        r = tl.arange(0, BLOCK_R) + block * BLOCK_R
+        left = tl.load(
+            left_ptr + first * left_stride_n + (t[:, None] * left_stride_n + r[None, :]),
+            mask=in_n[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptr + (r[:, None].to(tl.int64) * O + o[None, :]),
+            mask=(r < R)[:, None] & in_o[None, :],
+            other=0.0,
+        )
+        acc = dot(left, right.to(left.dtype), acc, PRECISION, WIDEN)
+    return acc
+
+
 @triton.jit(do_not_specialize=["threshold", "N"])
 def rank_update_kernel(
     base_ptr,  # (N, O), the same as out, or not read
@@ -49,36 +83,18 @@ def rank_update_kernel(
     in_n = first + t < N
     in_o = o < O
     acc = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
-    for block in range(tl.cdiv(R, BLOCK_R)):
-        r = tl.arange(0, BLOCK_R) + block * BLOCK_R
-        left = tl.load(
-            left_ptr + first * left_stride_n + (t[:, None] * left_stride_n + r[None, :]),
-            mask=in_n[:, None] & (r < R)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + (r[:, None].to(tl.int64) * O + o[None, :]),
-            mask=(r < R)[:, None] & in_o[None, :],
-            other=0.0,
-        )
-        acc = dot(left, right.to(left.dtype), acc, PRECISION, WIDEN)
+    acc = add_product(
+        acc, left_ptr, right_ptr, first, t, o, in_n, in_o, left_stride_n, R, O,
+        PRECISION, WIDEN, BLOCK_R,
+    )  # fmt: skip
     if DROPOUT:
         kept = kept_elements((first + t)[:, None] * O + o[None, :], tl.load(seed_ptr), threshold)
         acc = tl.where(kept, acc * keep_scale, 0.0)
     if HAS_SECOND:
-        for block in range(tl.cdiv(E, BLOCK_E)):
-            e = tl.arange(0, BLOCK_E) + block * BLOCK_E
-            left2 = tl.load(
-                left2_ptr + first * left2_stride_n + (t[:, None] * left2_stride_n + e[None, :]),
-                mask=in_n[:, None] & (e < E)[None, :],
-                other=0.0,
-            )
-            right2 = tl.load(
-                right2_ptr + (e[:, None].to(tl.int64) * O + o[None, :]),
-                mask=(e < E)[:, None] & in_o[None, :],
-                other=0.0,
-            )
-            acc = dot(left2, right2.to(left2.dtype), acc, PRECISION, WIDEN)
+        acc = add_product(
+            acc, left2_ptr, right2_ptr, first, t, o, in_n, in_o, left2_stride_n, E, O,
+            PRECISION, WIDEN, BLOCK_E,
+        )  # fmt: skip
     in_no = in_n[:, None] & in_o[None, :]
     if HAS_BASE:
         base = base_ptr + first * base_stride_n + (t[:, None] * base_stride_n + o[None, :])

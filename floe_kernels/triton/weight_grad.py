@@ -100,9 +100,10 @@ def weight_grad_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def add_parts_kernel(
-    part_ptr,  # (P, size + size2) float32
+    part_ptr,  # (P, size + size2) float32, in rows of part_stride
     out_ptr,  # (size,)
     out2_ptr,  # (size2,)
+    part_stride,
     P,
     size,
     size2,
@@ -116,7 +117,7 @@ def add_parts_kernel(
     source = part_ptr + i
     for _ in range(P):
         total += tl.load(source, mask=in_i, other=0.0)
-        source += size + size2
+        source += part_stride
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
     out2 = out2_ptr + (i - size)
     in_out2 = in_i & (i >= size)

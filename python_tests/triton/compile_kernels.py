@@ -60,6 +60,26 @@ def layer(n, i, o, ranks, k, dtype=BF16, weights=BF16, mask=False, p=0.0, shared
     )  # fmt: skip
 
 
+def shared(n, i, outs, r, weights=BF16, mask=False):
+    """Record a forward and a backward of linears that take one x, with 8 experts each."""
+    from floe_kernels.reference.moe_lora import Adapter
+    from floe_kernels.reference.shared_inputs import Sibling
+    from floe_kernels.triton import shared_inputs
+
+    x, token_mask = meta(n, i), meta(n, dtype=torch.bool) if mask else None
+    siblings = []
+    for o in outs:
+        lora = [meta(*shape, dtype=weights) for shape in ((r, i), (r, o), (8, i))]
+        config = (meta(r, dtype=FP32), [r // 8] * 8, 2, False, True, 0.0, None, None)
+        siblings.append(Sibling(meta(o, i), None, *lora, *config))
+    shared_inputs.moe_lora_shared_linear(x, siblings, token_mask)
+    routing = meta(n, 2, dtype=torch.int64), meta(n, 2, dtype=FP32), meta(n, 8, dtype=FP32)
+    saved = [Adapter(meta(n, r), meta(n, r), *routing) for _ in outs]
+    shared_inputs.moe_lora_shared_backward(
+        [meta(n, o) for o in outs], x, siblings, saved, token_mask, [True] * (1 + 3 * len(outs))
+    )
+
+
 def squares(r, reduce, dtype=BF16, scale=True):
     """Record per-sample squares of 8 samples."""
     from floe_kernels.triton import grad_square
@@ -104,6 +124,11 @@ CALLS = {
     "grouped 16": lambda: layer(8192, 4096, 4096, [16] * 64, 2, weights=FP32, mask=True, p=0.1),
     "grouped 128": lambda: layer(16384, 4096, 4096, [128] * 8, 1, p=0.1),
     "grouped float32": lambda: layer(8192, 4096, 4096, [32] * 64, 2, dtype=FP32, weights=FP32),
+    "shared x": lambda: shared(8192, 4096, [4096, 1024, 1024], 128),
+    "few tokens of a shared x": lambda: shared(1024, 4096, [4096, 1024, 1024], 128),
+    "float32 adapters of a shared x": lambda: shared(
+        8192, 4096, [4096, 1024, 1024], 128, weights=FP32, mask=True
+    ),
     "square": lambda: squares(128, "element"),
     "square 16": lambda: squares(16, "matrix", scale=False),
     "square float32": lambda: squares(128, "rank", dtype=FP32),
@@ -118,21 +143,23 @@ def source(kernel, args, kwargs):
         name: value for name, value in kwargs.items() if name not in OPTIONS
     }
     signature, constants, attributes = {}, {}, {}
-    for place, param in enumerate(kernel.params):
-        value = values[param.name]
+
+    def kind(value, path, param):
+        if isinstance(value, tuple):
+            return tuple(kind(item, (*path, i), param) for i, item in enumerate(value))
         fixed = param.is_constexpr or value is None or isinstance(value, bool)
         if fixed or (type(value) is int and value == 1 and not param.do_not_specialize):
-            signature[param.name], constants[(place,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[param.name], divisible = POINTERS[value.dtype], True
-        elif isinstance(value, float):
-            signature[param.name], divisible = "fp32", False
-        else:
-            signature[param.name] = "i32" if value < 2**31 else "i64"
-            divisible = value % 16 == 0 and not param.do_not_specialize
-        if divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        pointer = isinstance(value, torch.Tensor)
+        if pointer or (value % 16 == 0 and not param.do_not_specialize):
+            attributes[path] = [["tt.divisibility", 16]]
+        return POINTERS[value.dtype] if pointer else "i32" if value < 2**31 else "i64"
+
+    for place, param in enumerate(kernel.params):
+        signature[param.name] = kind(values[param.name], (place,), param)
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -170,11 +197,13 @@ def amd(compiled):
 
 
 def main(arch, only=None):
-    target = GPUTarget("hip", "gfx942", 64) if arch == "gfx942" else GPUTarget("cuda", arch, 32)
-    if arch == "gfx942":  # what a launcher finds on such a device
-        from floe_kernels.triton import launch
+    from floe_kernels.triton import launch, shared_inputs
 
-        launch.most_stages = lambda device: 2
+    target = GPUTarget("hip", "gfx942", 64) if arch == "gfx942" else GPUTarget("cuda", arch, 32)
+    # what a launcher finds on such a device
+    launch.most_stages = lambda device: 2 if arch == "gfx942" else 4
+    for module in (launch, shared_inputs):
+        module.products_read_memory = lambda device: arch == 90
     seen = set()
     for call, record in CALLS.items():
         if only not in (None, call):
