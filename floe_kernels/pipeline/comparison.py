@@ -9,8 +9,8 @@ from floe_kernels.pipeline.history import History
 from floe_kernels.pipeline.runs import RESULTS, Run
 
 HEADINGS = (
-    "method", "held-out loss", "sd", "below uniform", "layers", "experts",
-    "trainable parameters", "s a step",
+    "method", "loss", "sd", "below uniform", "error", "layers", "experts", "million trained",
+    "s a step",
 )  # fmt: skip
 CONTROL = "uniform"
 
@@ -32,15 +32,15 @@ class Compared(NamedTuple):
 
     def texts(self) -> tuple[str, ...]:
         """Return the row as people read it, in the order of ``HEADINGS``."""
-        gain = "-" if self.gain is None else f"{self.gain:+.4f}"
         return (
             self.title,
             f"{self.loss:.4f}",
             "-" if self.deviation is None else f"{self.deviation:.4f}",
-            gain if self.error is None else f"{gain} ± {self.error:.4f}",
-            f"{self.layers:g}",
+            "-" if self.gain is None else f"{self.gain:+.4f}",
+            "-" if self.error is None else f"{self.error:.4f}",
+            f"{round(self.layers, 1):g}",
             f"{round(self.experts, 1):g}",
-            f"{round(self.parameters):,}",
+            f"{self.parameters / 1e6:.3f}",
             "-" if self.seconds is None else f"{self.seconds:.2f}",
         )
 
@@ -109,8 +109,8 @@ def notes(run: Run, rows: Sequence[Compared]) -> list[str]:
     base, seeds = run.state.get("base"), max((len(row.losses) for row in rows), default=0)
     if base:
         lines.append(
-            f"The base model's held-out loss is {base['loss']:.4f} nats a token, over "
-            f"{base['tokens']:,} tokens."
+            f"Loss is held out, in nats a token, over {base['tokens']:,} tokens; the base model's "
+            f"is {base['loss']:.4f}."
         )
         if base.get("note"):
             lines.append(f"Mind that {base['note']}.")
@@ -121,9 +121,12 @@ def notes(run: Run, rows: Sequence[Compared]) -> list[str]:
     elif seeds:
         lines.append(
             f"{seeds} seeds draw adapters, data order and random plans; scores were taken once. "
-            "Below uniform is the mean over paired seeds with its standard error: what is less "
-            "than twice the error may be chance."
+            "Below uniform is the mean over paired seeds, with its standard error: less than twice "
+            "the error may be chance."
         )
     if rows:
-        lines.append("Experts of a layer are counted once for its linears (on average).")
+        lines.append(
+            "Experts of a layer are counted once for its linears (on average); parameters that "
+            "train are in millions."
+        )
     return lines
