@@ -66,6 +66,7 @@ struct Consumer {
   Shared<Tile> shared;
   int block, warp, lane;
   float sums[Tile::kColumns / 2];  // a tile's first product writes them all
+  uint32_t bias[8];                // of two columns each
 
   __device__ Consumer(const Arguments& args, Shared<Tile> shared, int block, int warp, int lane)
       : args(args), shared(shared), block(block), warp(warp), lane(lane) {}
@@ -98,18 +99,23 @@ struct Consumer {
     if (lane == 0) tma_store_wait<1>();
     __syncwarp();
   }
-  __device__ float2 bias(int column) const {
-    if (!args.bias || column >= args.problem.columns) return {0, 0};
-    return unpack<scalar_t>(static_cast<const uint32_t*>(args.bias)[column / 2]);
+  // The lane's two columns in each of the next 8 blocks of 8, all at once.
+  __device__ __forceinline__ void fetch_bias(int column) {
+#pragma unroll
+    for (int b = 0; b < 8; ++b, column += 8) {
+      const bool there = args.bias && column < args.problem.columns;
+      bias[b] = there ? static_cast<const uint32_t*>(args.bias)[column / 2] : 0;
+    }
   }
-  __device__ __forceinline__ void put(int buffer, int offset, int i, int column) {
-    const float2 left = bias(column), right = bias(column + 8);
-    const uint32_t matrices[4] = {
-        pack<scalar_t>(sums[i] + left.x, sums[i + 1] + left.y),
-        pack<scalar_t>(sums[i + 2] + left.x, sums[i + 3] + left.y),
-        pack<scalar_t>(sums[i + 4] + right.x, sums[i + 5] + right.y),
-        pack<scalar_t>(sums[i + 6] + right.x, sums[i + 7] + right.y),
-    };
+  // Rounds 8 sums: rows r and r + 8 of a block of 8 columns, then of the block to its right.
+  __device__ __forceinline__ void put(int buffer, int offset, int box, int pair) {
+    const float* const sum = sums + (box * 4 + pair) * 8;
+    uint32_t matrices[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float2 b = unpack<scalar_t>(bias[pair * 2 + m / 2]);
+      matrices[m] = pack<scalar_t>(sum[m * 2] + b.x, sum[m * 2 + 1] + b.y);
+    }
     stmatrix(shared.staging(warp, buffer) + offset, matrices);
   }
   __device__ void publish(int buffer, int column, int row) {

@@ -65,6 +65,13 @@ void launch(Arguments args, std::initializer_list<Source> sources, const Matrix&
   args.out = tensor_map(out, box_out());
 
   auto* const kernel = two_source_gemm<Tile, first, scalar_t>;
+  static const bool complete = [kernel] {
+    cudaFuncAttributes found;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&found, kernel));
+    return found.numRegs > 128;  // the body for other targets is a trap, of 4 registers
+  }();
+  STD_TORCH_CHECK(complete, "the two-source GEMM must be built for sm_90a, as by ",
+                  "TORCH_CUDA_ARCH_LIST=9.0a, and was built for something else");
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Tile::kSharedBytes));
   const int64_t clusters =

@@ -266,14 +266,12 @@ template <class Tile, class Ports>
 FLOE_HOST_DEVICE void store_tile(Origin at, int warp, int lane, Ports& ports) {
 #pragma unroll
   for (int box = 0; box < Tile::kColumns / kPanel; ++box) {
+    const int column = at.column + box * kPanel;
+    ports.fetch_bias(column + fragment(lane, 0).column);
     ports.claim();  // waits for all copies but the latest, hence for the other one of this buffer
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const int i =
-          (box * 4 + pair) * 8;  // of 8 accumulators: rows r and r + 8, columns c and c + 8
-      ports.put(box % 2, staged_at(lane, pair), i, at.column + fragment(lane, i).column);
-    }
-    ports.publish(box % 2, at.column + box * kPanel, at.row + warp * kWarpRows);
+    for (int pair = 0; pair < 4; ++pair) ports.put(box % 2, staged_at(lane, pair), box, pair);
+    ports.publish(box % 2, column, at.row + warp * kWarpRows);
   }
 }
 
