@@ -8,7 +8,7 @@ TORCH ?=
 JOBS ?= 2
 ARGS ?=
 
-EXTRAS := cli,demo,dev,peft,search,transformers
+EXTRAS := cli,demo,dev,frameworks,peft,search,transformers
 PYTEST := pytest -n $(JOBS) --dist worksteal --timeout=600
 
 export FLOE_BUILD
@@ -41,7 +41,7 @@ help:  ## this list
 demo: $(STAMPS)/demo $(BUILT)  ## FLoE on a real model, from scores to an adapter, in runs/demo
 	$(BIN)/floe demo $(ARGS)
 
-test: $(BUILT)  ## every test; ARGS="-k routing" for some of them
+test: $(BUILT) $(STAMPS)/triton-3.6  ## every test; ARGS="-k routing" for some of them
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m $(PYTEST) $(ARGS)
 
 dev: $(BUILT)  ## the environment alone, editable, with every tool
@@ -102,6 +102,16 @@ $(STAMPS)/packages: $(TORCH_IN) pyproject.toml
 	    sed -n 's/^#cpu //p' constraints.txt > $(VENV)/triton.txt && \
 	    $(PY) -m pip install --quiet --quiet --no-input --requirement $(VENV)/triton.txt; } || \
 	    echo "Triton does not install on this platform: its kernels are not tested here"
+	@touch $@
+
+# the oldest Triton that kernels run under; the tests compile for GPUs with it, too, and skip that
+# where it is missing
+$(STAMPS)/triton-3.6: $(STAMPS)/packages
+	@echo "installing Triton 3.6 beside the newer one, for the tests that compile kernels"
+	@rm -rf $(VENV)/triton-3.6
+	@$(PY) -m pip install --quiet --quiet --no-input --no-deps --target $(VENV)/triton-3.6 \
+	    triton==3.6.0 || { rm -rf $(VENV)/triton-3.6; \
+	    echo "Triton 3.6 does not install here: kernels are compiled with the newer one alone"; }
 	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/packages
