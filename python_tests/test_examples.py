@@ -17,6 +17,7 @@ NEEDS = {
     "lightning_module": ["transformers", "lightning"],
     "peft_adapter": ["transformers", "peft"],
     "distributed": ["transformers", "safetensors"],
+    "fully_sharded": ["transformers", "safetensors"],
 }
 LEAVES = {"peft_adapter": ["mixture", "averaged"]}
 SAYS = {
@@ -27,7 +28,9 @@ SAYS = {
     "lightning_module": "router_entropy",
     "peft_adapter": "LlamaForCausalLM",
     "distributed": "8 samples",
+    "fully_sharded": "32 samples",
 }
+TWO_PROCESSES = ("distributed", "fully_sharded")
 
 
 def test_every_example_is_tested():
@@ -45,7 +48,7 @@ def test_an_example_runs(name, tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     runner = [sys.executable]
-    if name == "distributed":
+    if name in TWO_PROCESSES:
         runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {
         **os.environ,
