@@ -147,7 +147,7 @@ def layerif(
 ) -> Plan:
     """Give layers experts in proportion to the positive part of their influence.
 
-    The allocation of LayerIF (NeurIPS 2025): negative influence counts as none, every layer gets
+    The allocation of LayerIF (arXiv 2505.23811): negative influence counts as none, every layer gets
     at least ``lo`` experts, and the rest goes by largest remainders. If no influence is positive,
     all layers share equally.
 

@@ -10,7 +10,7 @@ from floe_kernels.cli.picture import print_plan
 from floe_kernels.cli.progress import TerminalProgress
 from floe_kernels.pipeline import files
 from floe_kernels.pipeline.measurements import Measurement
-from floe_kernels.pipeline.methods import LIST, make_plan, read_method
+from floe_kernels.pipeline.methods import LIST, check_options, make_plan, read_method
 from floe_kernels.pipeline.tune import describe_model
 
 OPTIONS = (
@@ -44,6 +44,10 @@ def command(
     except ValueError as error:
         raise AskedWrongly(f"--method: {error}") from error
     options = checked(asked)
+    try:
+        check_options(chosen, given)
+    except ValueError as error:
+        raise AskedWrongly(str(error)) from error
     if not options.rank:
         raise AskedWrongly("--rank must be >= 1 here, got 0: floe tune searches for it")
     if scores:

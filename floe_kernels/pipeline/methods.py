@@ -1,7 +1,7 @@
 """The methods by the names that people type, and what each of them needs to make a plan."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from floe_kernels.allocation import (
 )
 from floe_kernels.allocation.arguments import nearest
 from floe_kernels.pipeline.measurements import Measurement
-from floe_kernels.pipeline.options import Options
+from floe_kernels.pipeline.options import Options, flag_of
 
 NEEDS = {
     "floe": "fisher",
@@ -34,6 +34,21 @@ NEEDS = {
     "by_position": "",
 }
 """Method -> what it measures; the others look at no data and no weight."""
+SHARING = ("lora_smoe", "alphalora", "layerif", "mola", "random")
+TAKES = {
+    "keep": ("floe", "random", "random_layers", "by_position"),
+    "refine": ("floe",),
+    "lo": SHARING,
+    "hi": SHARING,
+    "beta": ("lora_smoe", "alphalora", "layerif"),
+    "per": ("lora_smoe", "alphalora", "uniform", "random"),
+    "percent": ("lora_smoe",),
+    "pool": ("lora_smoe",),
+    "how": ("lora_smoe",),
+    "where": ("by_position",),
+    "compat": ("alphalora",),
+}
+"""Option -> the methods that it means something to; what is not here concerns all of them."""
 INVERTED = "inverted-"
 DRAWN = ("random", "random_layers")  # another plan for every seed
 LIST = ", ".join(NEEDS)
@@ -102,6 +117,29 @@ def read_method(text: str) -> Method:
     if turned and not (NEEDS[name] or preset):
         raise ValueError(f"only a method with a ranking can be inverted, got {text!r}")
     return Method(name, preset, turned)
+
+
+def check_options(method: Method, given: Collection[str]) -> None:
+    """Make sure that the options which somebody named mean something to a method.
+
+    Args:
+        method: Which method.
+        given: Fields of ``Options`` that were named.
+
+    Raises:
+        ValueError: One of them has no effect on it.
+
+    Example:
+        >>> check_options(read_method("floe"), ["where"])
+        Traceback (most recent call last):
+        ...
+        ValueError: --where has no effect on floe, only on by_position
+    """
+    for name in given:
+        if method.name not in TAKES.get(name, NEEDS):
+            raise ValueError(
+                f"{flag_of(name)} has no effect on {method.name}, only on {', '.join(TAKES[name])}"
+            )
 
 
 def make_plan(

@@ -141,6 +141,26 @@ def test_show_draws_a_plan(floe, tmp_path):
     assert "a plan must be whole JSON" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["floe", "--where", "last"], "--where has no effect on floe, only on by_position"),
+        (["mola-2468", "--beta", "2"], "--beta has no effect on mola, only on lora_smoe, alphal"),
+        (["uniform", "--hi", "2"], "--hi has no effect on uniform, only on lora_smoe"),
+        (
+            ["inverted-random"],
+            "only a method with a ranking can be inverted, got 'inverted-random'",
+        ),
+        (["alphalora", "--lo", "-5"], "--lo must be >= -1, got -5"),
+    ],
+)
+def test_options_without_effect_are_refused(floe, tmp_path, arguments, message):
+    code, _, error = floe("plan", measured(tmp_path, arguments[0]), "--method", *arguments)
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("method", ["sensitivity", "spectral", "influence"])
 def test_scores_of_a_model_become_a_plan(floe, small, tmp_path, method):
     scores, out = tmp_path / "s.json", tmp_path / "p.json"
