@@ -12,9 +12,9 @@
 // the low-rank product costs its FLOPs, and neither a second kernel nor a second pass over the
 // output. Depths that end within a step are padded with zeros by TMA, never in memory.
 //
-// Blocks are persistent, one an SM, and come in clusters of two that share B through multicast:
-// what bounds such a tile is L2's bandwidth. While consumers round their sums and stage them for
-// TMA's stores, the producer is already filling the ring for the next tile.
+// Blocks are persistent, one an SM, in clusters of two that share B through multicast: alone, such
+// tiles would ask 9 TB/s of L2 for 800 TFLOP/s, in pairs 6. While consumers round their sums and
+// stage them for TMA's stores, the producer is already filling the ring for the next tile.
 #pragma once
 
 #include "cuda/two_source_schedule.h"

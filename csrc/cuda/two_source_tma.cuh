@@ -27,7 +27,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// Arrives at the barrier of the same address in block `rank` of the cluster.
+// Arrives at the barrier of the same address in block `rank` of the cluster. A wider scope than the
+// default makes ptxas emit MEMBAR.ALL.GPU, once a step, and is not needed: this thread wrote
+// nothing that is read there, and its products have read all they will.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
