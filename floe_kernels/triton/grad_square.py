@@ -16,18 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from floe_kernels import reference
+from floe_kernels.triton.grad_square_pieces import DTYPES, grad_squares_in_pieces
 from floe_kernels.triton.launch import (
     Dropout,
     arithmetic,
     options,
     parts,
     rows_of,
+    sample_pieces,
     square_tile,
 )
 from floe_kernels.triton.tiles import dot, drop
 from floe_kernels.triton.weight_grad import add_parts_kernel
 
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 SEGMENTS_A_STEP = 1024  # offsets one program scans at once: 8 KB
 
 
@@ -275,6 +276,12 @@ def grad_squares(
     sums = 1 + (grad is not None) + (square is not None)
     tile = square_tile(dtype, r, n // max(s, 1), sums)
     grid = triton.cdiv(d, tile.rows), triton.cdiv(r, tile.columns)
+    pieces = sample_pieces(grid[0] * grid[1], n, s, tile.depth) if n * r * d else 1
+    if pieces > 1:
+        return grad_squares_in_pieces(
+            g, x, offsets, scale, grad, square, want_norms, mask, dropout,
+            square_tile(dtype, r, n // s, 1), pieces,
+        )  # fmt: skip
     norms = x.new_zeros(grid[0] * grid[1], s, dtype=torch.float32) if want_norms else None
     if not n * r * d:
         if grad is not None:

@@ -3,8 +3,9 @@
     python compile_kernels.py 80|90|gfx942 [only]
 
 The calls run on meta tensors with the launch itself recorded instead of done, so what is compiled
-is what the launchers choose at real sizes. Prints one JSON object a line. Run without
-TRITON_INTERPRET, which a process cannot change its mind about; hence a program of its own.
+is what the launchers choose at real sizes. Prints one JSON object a line, the first with Triton's
+version. Run without TRITON_INTERPRET, which a process cannot change its mind about; hence a program
+of its own.
 """
 
 import json
@@ -80,12 +81,12 @@ def shared(n, i, outs, r, weights=BF16, mask=False):
     )
 
 
-def squares(r, reduce, dtype=BF16, scale=True):
-    """Record per-sample squares of 8 samples."""
+def squares(r, reduce, dtype=BF16, scale=True, samples=8):
+    """Record per-sample squares."""
     from floe_kernels.triton import grad_square
 
-    x, offsets = meta(8192, 4096, dtype=dtype), meta(9, dtype=torch.int64)
-    scales = meta(8, dtype=FP32) if scale else None
+    x, offsets = meta(8192, 4096, dtype=dtype), meta(samples + 1, dtype=torch.int64)
+    scales = meta(samples, dtype=FP32) if scale else None
     grad_square.segment_grad_square(meta(8192, r, dtype=dtype), x, offsets, scales, reduce)
 
 
@@ -132,6 +133,7 @@ CALLS = {
     "square": lambda: squares(128, "element"),
     "square 16": lambda: squares(16, "matrix", scale=False),
     "square float32": lambda: squares(128, "rank", dtype=FP32),
+    "square of one sample": lambda: squares(128, "element", samples=1),
     "norms": norms,
     "routing": routing,
 }
@@ -192,8 +194,11 @@ def amd(compiled):
     def number(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return {"registers": number("vgpr_count"), "spills": spills, "wgmma": False}
+    # a scalar register spills into a lane of a vector register, not to memory: shown, not counted
+    return {
+        "registers": number("vgpr_count"), "spills": number("vgpr_spill_count"),
+        "scalar_spills": number("sgpr_spill_count"), "wgmma": False,
+    }  # fmt: skip
 
 
 def main(arch, only=None):
@@ -204,6 +209,7 @@ def main(arch, only=None):
     launch.most_stages = lambda device: 2 if arch == "gfx942" else 4
     for module in (launch, shared_inputs):
         module.products_read_memory = lambda device: arch == 90
+    print(json.dumps({"triton": triton.__version__}), flush=True)
     seen = set()
     for call, record in CALLS.items():
         if only not in (None, call):

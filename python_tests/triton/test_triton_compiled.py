@@ -16,21 +16,32 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 LIMITS = {"80": (163 << 10, 255), "90": (227 << 10, 255), "gfx942": (64 << 10, 512)}
 WIDE = {  # the kernels whose products must reach Hopper's widest instruction
     "shrink_route_kernel", "shrink_part_kernel", "gate_kernel", "gate_part_kernel",
-    "rank_update_kernel", "weight_grad_kernel", "grad_square_kernel",
+    "rank_update_kernel", "weight_grad_kernel", "grad_square_kernel", "shared_shrink_route_kernel",
+    "shared_shrink_part_kernel", "shared_update_kernel", "shared_weight_grad_kernel",
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=LIMITS)
+# the Triton that is installed, and the oldest that kernels run under, where `make test` puts it
+VERSIONS = {"installed": None, "3.6": Path(sys.prefix, "triton-3.6")}
+
+
+@pytest.fixture(scope="module", params=[(v, a) for v in VERSIONS for a in LIMITS], ids="-".join)
 def compiled(request):
+    version, arch = request.param
+    folder = VERSIONS[version]
+    if folder is not None and not folder.is_dir():
+        pytest.skip(f"there is no Triton {version} beside the installed one: make test brings it")
     # a process of its own: this one may have chosen the interpreter
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])
+    paths = [*([str(folder)] if folder else []), str(SCRIPT.parents[2]), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), request.param], capture_output=True, text=True,
-        env=environment,
-    )  # fmt: skip
+        [sys.executable, str(SCRIPT), arch], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+    first, *rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert folder is None or first["triton"].startswith(version)
+    return arch, rows
 
 
 def test_fits(compiled):

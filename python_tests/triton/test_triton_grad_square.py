@@ -5,7 +5,7 @@ import torch
 from closeness import assert_no_worse
 
 from floe_kernels import reference
-from floe_kernels.triton import grad_square
+from floe_kernels.triton import grad_square, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what each case is for: (columns of g, columns of x, offsets, tokens)
@@ -20,6 +20,15 @@ CASES = {
     "many units": (20, 130, [0, 40, 40, 90, 170, 200, 201, 260], 260),
     "wide": (140, 70, [0, 10, 30], 30),
 }
+
+
+@pytest.fixture(params=["samples", "pieces"])
+def cut(request, monkeypatch):
+    """Whole samples fill a device, or each is cut."""
+    if request.param == "samples":
+        monkeypatch.setattr(launch, "MULTIPROCESSORS", 0)
+
+
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -46,14 +55,24 @@ def factor(dtypes):
     return 4.0 if dtypes == "bf16" and DEVICE == "cpu" else 2.0
 
 
-@pytest.mark.parametrize("reduce", ["element", "rank", "matrix"])
+@pytest.mark.parametrize(
+    ("cut", "reduce"),
+    [
+        ("samples", "element"),
+        ("samples", "rank"),
+        ("samples", "matrix"),
+        ("pieces", "element"),
+        ("pieces", "matrix"),
+    ],
+    indirect=["cut"],
+)
 @pytest.mark.parametrize(
     ("name", "dtypes", "scaled"),
     [(name, "fp32", "each") for name in CASES]
     + [("ragged", dtypes, "one") for dtypes in DTYPES]
     + [("rows outside", "fp32", "none")],
 )
-def test_matches_reference(name, dtypes, scaled, reduce):
+def test_matches_reference(name, dtypes, scaled, reduce, cut):
     g, x, offsets = draw(name, DTYPES[dtypes])
     scale = scale_of(scaled, offsets)
     got = grad_square.segment_grad_square(g, x, offsets, scale, reduce)
@@ -87,6 +106,7 @@ def test_every_row_is_in_one_block():
         assert (seen == 1).all()
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's NumPy
 def test_non_finite_sample_stays_in_its_norm():
     g, x, offsets = draw("ragged")
@@ -94,3 +114,12 @@ def test_non_finite_sample_stays_in_its_norm():
     _, _, norms = grad_square.segment_grad_square(g, x, offsets, None, "matrix")
     finite = norms.isfinite().tolist()
     assert finite == [True, True, True, True, True, False, True]
+
+
+def test_few_long_samples_fill_a_device():
+    for d, r, samples in ((4096, 16, 1), (1024, 128, 1), (1024, 16, 3), (2048, 64, 2)):
+        tile = launch.square_tile(torch.bfloat16, r, 8192 // samples, 3)
+        tiles = -(-d // tile.rows) * -(-r // tile.columns)
+        pieces = launch.sample_pieces(tiles, 8192, samples, tile.depth)
+        assert tiles * samples < launch.MULTIPROCESSORS <= tiles * samples * pieces
+    assert launch.sample_pieces(64, 8192, 8, 64) == 1, "whole samples do"
