@@ -283,7 +283,9 @@ def test_through_the_wrapper_of_data_parallel():
     model = tiny_model("llama")
     wrapped = nn.DataParallel(model, device_ids=None)
     apply_plan(wrapped, uneven_plan(model))
-    assert list(adapted_modules(torch.compile(wrapped, backend="eager"))) == list(adapted_modules(model))
+    assert list(adapted_modules(torch.compile(wrapped, backend="eager"))) == list(
+        adapted_modules(model)
+    )
     assert find_modules(wrapped) == find_modules(tiny_model("llama"))
     remove_adapters(wrapped)
     assert not adapted_modules(model)
