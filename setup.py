@@ -2,7 +2,8 @@
 
 FLOE_BUILD=auto|cpu|cuda|none   what to compile; auto is cuda where nvcc and a CUDA torch agree,
                                 cpu where there is a C++20 compiler, and none otherwise
-CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST  are PyTorch's own and mean what they mean there
+CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST  are PyTorch's own and mean what they mean there; without the
+                                last, CUDA C++ is compiled for sm_80, sm_90a, and what is newer
 
 ``_C`` holds the operators' kernels: LibTorch stable ABI, so one binary for every torch >= 2.10
 and every CPython >= 3.10. ``_info`` (pybind11) reports on the build, and is left out of a wheel
@@ -21,6 +22,10 @@ from setuptools import Extension, setup
 
 TORCH_TARGET_VERSION = "0x020a000000000000"
 FLAGS = ["-O3", "-std=c++20", "-g0"]
+#: sm_80 runs on 8.x; sm_90a has Hopper's own instructions, which no other GPU runs; the PTX is
+#: what a newer GPU's driver compiles.
+GENCODES = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a",
+            "arch=compute_90,code=compute_90"]  # fmt: skip
 
 
 def say(line: str) -> None:
@@ -46,15 +51,23 @@ def why_no_cpp() -> str | None:
     return None
 
 
-def cuda_agrees() -> bool:
-    """Tell whether there is CUDA source, an nvcc, and a torch of the same major version."""
+def why_no_cuda() -> str | None:
+    """Return why nvcc and torch are not of one major version of CUDA, or None where they are."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if not (sources("cuda") and CUDA_HOME and torch.version.cuda):
-        return False
-    nvcc = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True)
-    return f"release {torch.version.cuda.partition('.')[0]}." in nvcc.stdout
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not CUDA_HOME:
+        return "nvcc was found neither in CUDA_HOME nor on PATH"
+    try:
+        command = [f"{CUDA_HOME}/bin/nvcc", "--version"]
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return f"there is no nvcc in {CUDA_HOME}/bin"
+    if f"release {torch.version.cuda.partition('.')[0]}." not in said:
+        return f"torch is built for CUDA {torch.version.cuda}, and nvcc is of another major version"
+    return None
 
 
 def choose(build: str) -> str:
@@ -68,11 +81,11 @@ def choose(build: str) -> str:
         if why:
             say(f"{why}, so building with FLOE_BUILD=none: plain PyTorch does the work")
             return "none"
-        return "cuda" if cuda_agrees() else "cpu"
+        return "cpu" if why_no_cuda() else "cuda"
     if why:
         raise SystemExit(f"FLOE_BUILD={build} needs a C++20 compiler, but {why}")
-    if build == "cuda" and not sources("cuda"):
-        raise SystemExit("FLOE_BUILD=cuda needs sources in csrc/cuda, and there are none")
+    if build == "cuda" and (why := why_no_cuda()):
+        raise SystemExit(f"FLOE_BUILD=cuda needs nvcc and a torch that agree, but {why}")
     return build
 
 
@@ -81,11 +94,14 @@ def kernels(build: str) -> Extension:
 
     flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += ["-DUSE_CUDA"] * (build == "cuda")  # opens the stream functions of the stable ABI
+    nvcc = ["-lineinfo", *(flag for flag in flags if flag != "-g0")]  # which nvcc does not know
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # whose flags torch adds itself
+        nvcc += [f"-gencode={gencode}" for gencode in GENCODES]
     return (CUDAExtension if build == "cuda" else CppExtension)(
         name="floe_kernels._C",
         sources=sources("bindings", "cpu", *["cuda"] * (build == "cuda")),
         include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args={"cxx": flags, "nvcc": [*flags, "-lineinfo"]},
+        extra_compile_args={"cxx": flags, "nvcc": nvcc},
         py_limited_api=True,
     )
 

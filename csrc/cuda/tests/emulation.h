@@ -40,7 +40,7 @@ struct Index {
 }
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 96 << 10;
+constexpr size_t kStack = 40 << 10;
 
 struct Copy {
   char* to;

@@ -145,19 +145,21 @@ struct Run {
   }
 };
 
+// Every third case for the wide tiles, of which a case has many threads.
 template <typename Tile>
 void run_kernels(const char* tile) {
   std::mt19937 random(7);
   int turn = 0;
   for (const Case& c : kCases) {
+    if (Tile::kSums > 16 && (&c - kCases) % 3 != 2 && &c != kCases) continue;
     const int before = failures;
     for (const char reduce : {'e', 'r', 'm'}) {
-      if (reduce != 'e' && c.lengths.size() % 2) continue;  // half of them
+      if (reduce != 'e' && (&c - kCases) % 3 != 1 && &c != kCases) continue;
       const int scale_each = c.lengths.empty() ? -1 : turn++ % 3 - 1;
       Run<Tile> run(c, random);
       run.go(scale_each, reduce);
       run.check(scale_each, reduce);
-      if (reduce != 'e' || c.lengths.size() % 2 == 0) continue;
+      if (reduce != 'e' || (&c - kCases) % 4 != 0) continue;
       // other orders of blocks and threads, the same bits
       Run<Tile> again(c, random);
       std::memcpy(static_cast<void*>(again.x.get()), run.x.get(), run.x.size * sizeof(run.x[0]));
@@ -313,7 +315,6 @@ int main() {
   check_tile<MmaTile<Float16, 128>>("float16, 128");
   check_tile<FmaTile<float, 16>>("float32, 16");
   check_tile<FmaTile<BFloat16, 64>>("bfloat16 and float32, 64");
-  check_tile<FmaTile<float, 64>>("float32, 64");
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
