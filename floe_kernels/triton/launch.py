@@ -219,16 +219,30 @@ def square_tile(dtype: torch.dtype, columns: int, rows_a_sample: int, sums: int)
     return Tile(128 if sums == 1 else 64, block(columns, 128), depth, 8, 3)
 
 
-def sample_pieces(tiles: int, n: int, samples: int, depth: int) -> int:
-    """Return into how many pieces to cut each sample; 1 where whole samples fill the device.
+def gram_tile(x: Tensor) -> Tile:
+    """Tokens by tokens, summed over inputs or outputs."""
+    if not is_narrow(x):
+        return Tile(32, 32, 16, 4, 2)
+    return Tile(64, 64, 64, 4, 3)  # two Gram matrices of 64 x 64 hold 64 registers
+
+
+def gram_is_cheaper(n: int, samples: int, rows: int, columns: int) -> bool:
+    """Choose the way to a sample's norm: two Gram matrices, or the gradient itself.
+
+    Products a token: rows + columns for each token of its sample, rounded up to a block, against
+    rows x columns. Symmetry halves the first; that half is left for samples of unequal length.
+    """
+    return samples > 0 and (n // samples + 64) * (rows + columns) < rows * columns
+
+
+def sample_pieces(tiles: int, n: int, samples: int) -> int:
+    """Return into how many pieces to cut each of a few samples.
 
     1024 inputs at rank 16 make 16 tiles: one sample of 8192 tokens would run on 16 of 132
     multiprocessors, each with 50 KB in flight, which at 0.7 us of latency is 1.1 TB/s and 15 us;
     cut in 16, it can have all the bandwidth, 5 us, for 1 MB of pieces. A prediction, not a timing.
     """
-    if not samples or tiles * samples >= MULTIPROCESSORS:
-        return 1
-    return parts(tiles * samples, triton.cdiv(n // samples, depth))
+    return parts(tiles * samples, triton.cdiv(n // samples, 64))
 
 
 class Dropout(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from floe_kernels import reference
 from floe_kernels.reference.moe_lora import Adapter, FisherBuffers, Gradients
-from floe_kernels.triton.grad_square import grad_squares, segment_sum
+from floe_kernels.triton.grad_square import grad_squares
 from floe_kernels.triton.launch import (
     MOST_EXPERTS_IN_TILE,
     MOST_GATE_COLUMNS,
@@ -46,6 +46,7 @@ from floe_kernels.triton.moe_lora_grouped import (
     update_pairs,
     weight_gradient_pairs,
 )
+from floe_kernels.triton.segments import segment_sum
 from floe_kernels.triton.weight_grad import add_parts_kernel, weight_grad_kernel
 
 

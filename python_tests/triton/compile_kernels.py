@@ -90,12 +90,12 @@ def squares(r, reduce, dtype=BF16, scale=True, samples=8):
     grad_square.segment_grad_square(meta(8192, r, dtype=dtype), x, offsets, scales, reduce)
 
 
-def norms():
+def norms(samples, dtype=BF16):
     """Record the norms of a frozen linear's per-sample gradients."""
     from floe_kernels.triton import grad_square
 
-    both = meta(8192, 4096), meta(8192, 4096)
-    grad_square.linear_grad_square(*both, meta(9, dtype=torch.int64), None)
+    both = (meta(8192, 4096, dtype=dtype) for _ in "gx")
+    grad_square.linear_grad_square(*both, meta(samples + 1, dtype=torch.int64), None)
 
 
 def routing():
@@ -134,7 +134,9 @@ CALLS = {
     "square 16": lambda: squares(16, "matrix", scale=False),
     "square float32": lambda: squares(128, "rank", dtype=FP32),
     "square of one sample": lambda: squares(128, "element", samples=1),
-    "norms": norms,
+    "norms": lambda: norms(4),
+    "norms of short samples": lambda: norms(64),
+    "norms of short samples, float32": lambda: norms(64, dtype=FP32),
     "routing": routing,
 }
 

@@ -5,7 +5,7 @@ import torch
 from closeness import assert_no_worse
 
 from floe_kernels import reference
-from floe_kernels.triton import grad_square, launch
+from floe_kernels.triton import grad_square, launch, segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what each case is for: (columns of g, columns of x, offsets, tokens)
@@ -26,7 +26,7 @@ CASES = {
 def cut(request, monkeypatch):
     """Whole samples fill a device, or each is cut."""
     if request.param == "samples":
-        monkeypatch.setattr(launch, "MULTIPROCESSORS", 0)
+        monkeypatch.setattr(grad_square, "MULTIPROCESSORS", 0)
 
 
 DTYPES = {
@@ -82,19 +82,28 @@ def test_matches_reference(name, dtypes, scaled, reduce, cut):
         assert_no_worse(one, other, exact, factor(dtypes))
 
 
-@pytest.mark.parametrize("name", ["ragged", "rows outside", "no sample", "wide"])
-def test_norms_of_a_frozen_linear(name):
-    g, x, offsets = draw(name)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("way", [True, False], ids=["gram", "gradient"])
+@pytest.mark.parametrize("name", ["ragged", "rows outside", "one long", "wide"])
+def test_norms_of_a_frozen_linear(name, way, dtypes, monkeypatch):
+    monkeypatch.setattr(grad_square, "gram_is_cheaper", lambda *_: way)
+    g, x, offsets = draw(name, DTYPES[dtypes])
     scale = scale_of("each", offsets)
     got = grad_square.linear_grad_square(g, x, offsets, scale)
     peer = reference.linear_grad_square(g, x, offsets, scale)
     truth = reference.linear_grad_square(g.double(), x.double(), offsets, scale)
-    assert_no_worse(got, peer, truth)
+    assert_no_worse(got, peer, truth, factor(dtypes))
+
+
+def test_gram_matrices_serve_short_samples():
+    assert launch.gram_is_cheaper(8192, 64, 4096, 4096), "128 tokens: a twentieth of the work"
+    assert not launch.gram_is_cheaper(8192, 4, 4096, 4096)
+    assert not launch.gram_is_cheaper(0, 0, 4096, 4096)
 
 
 def test_every_row_is_in_one_block():
     for offsets, n in ((o, n) for _, _, o, n in CASES.values()):
-        blocks = grad_square.list_blocks(torch.tensor(offsets, device=DEVICE), n, 16)
+        blocks = segments.list_blocks(torch.tensor(offsets, device=DEVICE), n, 16)
         seen = torch.zeros(n, dtype=torch.int64)
         bounds = [0, *offsets, n]
         for row, rows, segment in zip(*(t.tolist() for t in blocks[:3]), strict=True):
@@ -117,9 +126,8 @@ def test_non_finite_sample_stays_in_its_norm():
 
 
 def test_few_long_samples_fill_a_device():
-    for d, r, samples in ((4096, 16, 1), (1024, 128, 1), (1024, 16, 3), (2048, 64, 2)):
-        tile = launch.square_tile(torch.bfloat16, r, 8192 // samples, 3)
+    for d, r, samples in ((4096, 16, 1), (1024, 128, 1), (1024, 16, 3), (4096, 128, 1)):
+        tile = launch.square_tile(torch.bfloat16, r, 8192 // samples, 1)
         tiles = -(-d // tile.rows) * -(-r // tile.columns)
-        pieces = launch.sample_pieces(tiles, 8192, samples, tile.depth)
-        assert tiles * samples < launch.MULTIPROCESSORS <= tiles * samples * pieces
-    assert launch.sample_pieces(64, 8192, 8, 64) == 1, "whole samples do"
+        programs = tiles * samples * launch.sample_pieces(tiles, 8192, samples)
+        assert launch.MULTIPROCESSORS <= programs <= launch.PROGRAMS or programs == 16 * tiles
