@@ -25,14 +25,11 @@ struct GradSquareSteps {
     return least(fit < 1 ? 1 : least(fit, kMostPanels), ceil_div(s.D + 1, NR));
   }
 
-  // Rows of a chunk.
+  // Rows of a chunk, in whole units.
   static int64_t depth(const SegmentGradSquare& s) {
-    const int64_t fit = kPackedBytes / (group(s) * NR * int64_t{sizeof(unit)}) * V::kPack;
-    return least(kDepth, fit / kPackedRows * kPackedRows);
+    return least(kDepth, kPackedBytes / (group(s) * NR * int64_t{sizeof(unit)}) * V::kPack);
   }
 
-  // Rows of all panels that are packed before the next rows.
-  static constexpr int64_t kPackedRows = 4 * V::kPack;
   static_assert(kPackedBytes >= kMostPanels * NR * int64_t{sizeof(unit)} * 4, "depth is not 0");
 
   static int64_t tiles_of(const SegmentGradSquare& s) { return ceil_div(s.R, MR); }
@@ -133,13 +130,7 @@ struct GradSquareSteps {
       const Piece& piece = s.pieces[i];
       const int64_t from = piece.begin < chunk.begin ? chunk.begin : piece.begin;
       const int64_t K = least(piece.begin + piece.length, chunk.begin + chunk.K) - from;
-      for (int64_t k = 0; k < K; k += kPackedRows) {
-        for (int64_t p = 0; p < count; ++p) {
-          const int64_t n0 = (p0 + p) * NR, width = panel_width<V>(s.D, p0 + p);
-          unit* to = packed + p * size + (done + k / V::kPack) * width;
-          pack_rows<V>(x, from + k, least(kPackedRows, K - k), n0, least(NR, s.D - n0), width, to);
-        }
-      }
+      pack_panels<V>(x, from, K, s.D, p0, p0 + count, size, done, packed);
       done += units<V>(K);
     }
   }

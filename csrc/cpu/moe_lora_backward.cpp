@@ -117,10 +117,13 @@ void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
   int64_t N = 0;
   for (const cpu::WeightGrad& grad : grads) N += grad.N + kernels.mr;
   const int64_t panels = (from.cols + kernels.nr - 1) / kernels.nr;
+  const int64_t together = cpu::grad_panels(kernels, N);
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    const cpu::Scratch scratch((N + 256) * kernels.nr * 8);
-    for (int64_t p = begin; p < end; ++p) {
-      kernels.weight_grad(from, p, grads.data(), static_cast<int64_t>(grads.size()), scratch.get());
+    const int64_t most = std::min(together, end - begin);
+    const cpu::Scratch scratch(cpu::grad_scratch(kernels, N, most));
+    for (int64_t p = begin; p < end; p += most) {
+      kernels.weight_grad(from, p, std::min(end, p + most), grads.data(),
+                          static_cast<int64_t>(grads.size()), scratch.get());
     }
   });
 }

@@ -80,10 +80,16 @@ struct Grouped {
     const auto grads = [&](const Tensor& to, const Tensor& x, const cpu::Scratch& tiled,
                            const uint8_t* bits, double scale) {
       const int64_t columns = x.size(1), panels = (columns + kernels.nr - 1) / kernels.nr;
-      torch::stable::parallel_for(0, E * panels, 1, [&](int64_t begin, int64_t end) {
-        const cpu::Scratch scratch((ld + 256) * kernels.nr * 8);
+      const int64_t rows = ld + mr,
+                    tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+      // few enough panels together that there is a task for every thread
+      const int64_t most =
+          std::clamp<int64_t>(E * panels / tasks, 1, cpu::grad_panels(kernels, rows));
+      const int64_t groups = (panels + most - 1) / most;
+      torch::stable::parallel_for(0, E * groups, 1, [&](int64_t begin, int64_t end) {
+        const cpu::Scratch scratch(cpu::grad_scratch(kernels, rows, most));
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t e = i / panels, row = layer.first[e] * columns;
+          const int64_t e = i / groups, row = layer.first[e] * columns, p = i % groups * most;
           auto* data = static_cast<char*>(to.mutable_data_ptr()) +
                        row * static_cast<int64_t>(to.element_size());
           const cpu::WeightGrad grad{
@@ -91,7 +97,7 @@ struct Grouped {
           kernels.weight_grad(
               {x.const_data_ptr(), columns, columns, slots.token.data() + slots.first[e],
                slots.count(e), nullptr, bits, keep_stride(columns)},
-              i % panels, &grad, 1, scratch.get());
+              p, std::min(panels, p + most), &grad, 1, scratch.get());
         }
       });
     };

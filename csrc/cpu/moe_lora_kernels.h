@@ -118,11 +118,28 @@ struct Kernels {
   void (*narrow_rows)(const void* sums, int64_t ld, int64_t M, int64_t N, double scale, void* out,
                       int64_t ld_out);
   void (*expand)(const Expand&);
-  void (*weight_grad)(const RowsOf&, int64_t panel, const WeightGrad*, int64_t count,
+  // Columns of panels first..last, whose rows are read together; see grad_panels and grad_scratch.
+  void (*weight_grad)(const RowsOf&, int64_t first, int64_t last, const WeightGrad*, int64_t count,
                       void* scratch);
   void (*gather_dots)(const GatherDots&);
   void (*gather_expand)(const GatherExpand&, int64_t panel, void* scratch);
 };
+
+// Rows of a panel that weight_grad packs at a time, in units.
+inline constexpr int64_t kGradUnits = 128;
+
+// Panels that weight_grad should work on together where its gradients have N rows, each rounded up
+// to mr: as many as leave their sums in L2, since the longer the runs in which rows are read, the
+// less it waits for memory.
+inline int64_t grad_panels(const Kernels& kernels, int64_t N) {
+  const int64_t fit = (768 << 10) / ((N + 1) * kernels.nr * 4);
+  return fit < 1 ? 1 : fit < 16 ? fit : 16;
+}
+
+// Bytes of weight_grad's scratch for so many panels.
+inline int64_t grad_scratch(const Kernels& kernels, int64_t N, int64_t panels) {
+  return panels * (N + kGradUnits) * kernels.nr * 8;
+}
 
 // For x of this dtype; an instruction set without its own uses the next lower one's.
 const Kernels& moe_lora_kernels(Dtype x, Isa isa);

@@ -163,45 +163,55 @@ struct Steps {
     } while (q < Q);
   }
 
-  static void weight_grad(const RowsOf& rows, int64_t panel, const WeightGrad* grads, int64_t count,
-                          void* scratch) {
-    constexpr int64_t kUnits = 128;  // a packed panel of 48 columns is then half of L1
+  static void weight_grad(const RowsOf& rows, int64_t first, int64_t last, const WeightGrad* grads,
+                          int64_t count, void* scratch) {
+    constexpr int64_t kPanel = kGradUnits * NR;  // half of L1 for pairs of bfloat16
     auto* packed = static_cast<unit*>(scratch);
-    auto* sums = reinterpret_cast<acc*>(packed + kUnits * NR);
-    const int64_t n0 = panel * NR, N = least(NR, rows.cols - n0);
-    const int64_t width = panel_width<V>(rows.cols, panel), Q = units<V>(rows.T);
-    for (int64_t q0 = 0; q0 < Q; q0 += kUnits) {
-      const int64_t k0 = q0 * V::kPack, K = least(kUnits * V::kPack, rows.T - k0);
-      acc* to = sums;
+    auto* sums = reinterpret_cast<acc*>(packed + (last - first) * kPanel);
+    int64_t size = 0;  // of one panel's sums
+    for (int64_t i = 0; i < count; ++i) size += ceil_div(grads[i].N, MR) * MR * NR;
+    const int64_t Q = units<V>(rows.T);
+    for (int64_t q0 = 0; q0 < Q; q0 += kGradUnits) {
+      const int64_t k0 = q0 * V::kPack, K = least(kGradUnits * V::kPack, rows.T - k0);
+      int64_t at = 0;
       for (int64_t i = 0; i < count; ++i) {
         const WeightGrad& grad = grads[i];
         if (i == 0 || grad.keep != grads[i - 1].keep) {
-          floe::cpu::pack_rows<V>(
+          floe::cpu::pack_panels<V>(
               Rows<scalar_t>{static_cast<const scalar_t*>(rows.data), rows.ld, rows.rows, rows.mask,
                              grad.keep ? rows.keep : nullptr, rows.keep_ld},
-              k0, K, n0, N, width, packed);
+              k0, K, rows.cols, first, last, kPanel, 0, packed);
         }
-        for (int64_t m = 0; m < grad.N; m += MR, to += MR * width) {
-          const auto* a =
-              static_cast<const elem*>(grad.coefficients) + (m * Q + q0 * MR) * V::kPack;
-          any_tile<V>(least(MR, grad.N - m), units<V>(K), a, V::kPack, MR * V::kPack, packed, width,
-                      to, width, q0 > 0);
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t width = panel_width<V>(rows.cols, p);
+          acc* to = sums + (p - first) * size + at;
+          for (int64_t m = 0; m < grad.N; m += MR, to += MR * NR) {
+            const auto* a =
+                static_cast<const elem*>(grad.coefficients) + (m * Q + q0 * MR) * V::kPack;
+            any_tile<V>(least(MR, grad.N - m), units<V>(K), a, V::kPack, MR * V::kPack,
+                        packed + (p - first) * kPanel, width, to, NR, q0 > 0);
+          }
         }
+        at += ceil_div(grad.N, MR) * MR * NR;
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      with_dtype<scalar_t>(grads[i].dtype, [&](auto zero) __attribute__((always_inline)) {
-        write_grad<decltype(zero)>(grads[i], Q ? sums : nullptr, width, n0, N);
-      });
-      sums += ceil_div(grads[i].N, MR) * MR * width;
+    for (int64_t p = first; p < last; ++p) {
+      const acc* from = sums + (p - first) * size;
+      for (int64_t i = 0; i < count; ++i) {
+        with_dtype<scalar_t>(grads[i].dtype, [&](auto zero) __attribute__((always_inline)) {
+          write_grad<decltype(zero)>(grads[i], Q ? from : nullptr, p * NR,
+                                     least(NR, rows.cols - p * NR));
+        });
+        from += ceil_div(grads[i].N, MR) * MR * NR;
+      }
     }
   }
 
   template <typename grad_t>
-  static void write_grad(const WeightGrad& grad, acc* sums, int64_t width, int64_t n0, int64_t N) {
+  static void write_grad(const WeightGrad& grad, const acc* sums, int64_t n0, int64_t N) {
     for (int64_t m = 0; m < grad.N; ++m) {
       grad_t* out = static_cast<grad_t*>(grad.out) + m * grad.ld_out + n0;
-      const acc* from = sums + m * width;
+      const acc* from = sums + m * NR;
       int64_t n = 0;
       if (!sums) {
         for (; n < N; ++n) out[n] = grad_t{};

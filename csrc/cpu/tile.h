@@ -192,6 +192,21 @@ void pack_rows(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t n0, in
   }
 }
 
+// Rows k0..k0 + K of panels first..last of `cols` columns, a panel every `size` units, from unit q0
+// on. A few rows of all panels come before the next rows, so that reading runs along rows.
+template <typename V, typename scalar_t>
+void pack_panels(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t cols, int64_t first,
+                 int64_t last, int64_t size, int64_t q0, typename V::unit* out) {
+  constexpr int64_t kRows = 4 * V::kPack;
+  for (int64_t k = 0; k < K; k += kRows) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t n0 = p * kNR<V>, width = panel_width<V>(cols, p);
+      pack_rows<V>(from, k0 + k, least(kRows, K - k), n0, least(kNR<V>, cols - n0), width,
+                   out + (p - first) * size + (q0 + k / V::kPack) * width);
+    }
+  }
+}
+
 // out (MT, NT) = dot products of rows of x with rows of w, K elements each.
 template <typename V, int MT, int NT, typename x_t, typename w_t>
 void dot_tile(int64_t K, const x_t* const* x, const w_t* const* w, typename V::acc* out,

@@ -152,12 +152,11 @@ struct Suite {
     std::vector<scalar_t> out(N * cols);
     const WeightGrad grad{N, tiled.data(), true, 1.5, out.data(), dtype, cols};
     on_threads((cols + kernels.nr - 1) / kernels.nr, [&](int64_t begin, int64_t end) {
-      std::vector<char> scratch((N + 256) * kernels.nr * 8);
-      for (int64_t p = begin; p < end; ++p) {
-        kernels.weight_grad({x.data.data(), cols, cols, gather ? rows.data() : nullptr, count,
-                             mask.get(), keep.data(), ld_keep},
-                            p, &grad, 1, scratch.data());
-      }
+      const int64_t rows_of_sums = tiles * kernels.mr;
+      std::vector<char> scratch(grad_scratch(kernels, rows_of_sums, end - begin));
+      kernels.weight_grad({x.data.data(), cols, cols, gather ? rows.data() : nullptr, count,
+                           mask.get(), keep.data(), ld_keep},
+                          begin, end, &grad, 1, scratch.data());
     });
     for (int64_t i = 0; i < N * cols; ++i) {
       double expected = 0;
