@@ -28,6 +28,7 @@ OPTIONS = (
     "warm_up_steps", "spectrum", "cache", "part", "epochs", "steps", "batch_size", "accumulation",
     "learning_rate", "schedule", "lr_warm_up", "weight_decay", "clip", "checkpoint_seconds", "seed",
 )  # fmt: skip
+SEEDS = 3
 
 
 @takes_options(*OPTIONS, rank=8, score_samples=32)
@@ -40,7 +41,7 @@ def command(
             help=f"Comma separated: {LIST}, mola-PRESET as in mola-8642, inverted-METHOD."
         ),
     ] = USUAL,
-    seeds: Annotated[int, typer.Option(help="Trainings of each method.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Trainings of each method.")] = SEEDS,
     out: Out = Path("runs/compare"),
     resume: Resume = False,
 ) -> None:
@@ -52,7 +53,8 @@ def command(
     progress = TerminalProgress()
     if resume:
         kept = load_run(out).arguments
-        methods, seeds = kept.get("methods", methods), kept.get("seeds", seeds)
+        methods = kept.get("methods", USUAL) if methods == USUAL else methods
+        seeds = kept.get("seeds", SEEDS) if seeds == SEEDS else seeds
     chosen = _read(methods)
     if seeds < 1:
         raise AskedWrongly(f"--seeds must be >= 1, got {seeds}")

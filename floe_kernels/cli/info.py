@@ -12,6 +12,7 @@ import torch
 import floe_kernels
 from floe_kernels.cli.progress import console
 from floe_kernels.cli.tables import print_table
+from floe_kernels.triton import RAN_ON
 
 PACKAGES = (
     "torch", "triton", "transformers", "safetensors", "optuna", "peft", "matplotlib", "gguf",
@@ -115,4 +116,6 @@ def _server(dump: str, device: str) -> str:
         if f"{folder}/" in path:
             return folder + path.rpartition(folder)[2].partition(":")[0]
     # registered from Python, where torch notes its own file
-    return "Triton" if device == "CUDA" else "Python"
+    if device != "CUDA":
+        return "Python"
+    return "Triton" if RAN_ON else "Triton, compiled, not yet run"

@@ -120,6 +120,9 @@ def test_a_finished_comparison_trains_nothing_again(floe, folder, monkeypatch):
     code, _, error = floe("compare", "--out", folder, "--resume", "--seed", 9)
     assert code == 1
     assert "keeps its arguments: seed was 0, got 9" in error
+    code, _, error = floe("compare", "--out", folder, "--resume", "--methods", "uniform")
+    assert code == 1
+    assert "keeps its arguments: methods was 'floe,lora_smoe" in error
 
 
 def test_a_kill_loses_no_finished_run(floe, model_folder, data_file, tmp_path):
