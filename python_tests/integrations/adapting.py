@@ -49,3 +49,16 @@ def snapshot(model):
         [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
         (len(model._forward_pre_hooks), len(model._forward_hooks), sorted(vars(model))),
     )
+
+
+def recompute(model, *, reentrant):
+    """Switch activation checkpointing on, under the name that this transformers has for it."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
+def store(model):
+    """Switch it off."""
+    name = "activation_checkpointing_disable"
+    (getattr(model, name, None) or model.gradient_checkpointing_disable)()

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from adapting import adapted, tokens, uneven_plan
+from adapting import adapted, recompute, tokens, uneven_plan
 from torch import nn
 
 from floe_kernels import FisherCollector, FusedMoELoRA
@@ -53,7 +53,7 @@ def test_peft_recomputes_as_it_computed(reentrant):
     model = by_peft(lora_dropout=0.5, load_balance_coef=0.1).train()
     stored = gradients(model, **batch)
     model.enable_input_require_grads()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model.base_model.model, reentrant=reentrant)
     recomputed = gradients(model, **batch, use_cache=False)
     assert all(torch.equal(stored[name], recomputed[name]) for name in stored)
 

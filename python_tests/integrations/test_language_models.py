@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from adapting import adapted, tokens
+from adapting import adapted, recompute, store, tokens
 
 from floe_kernels.integrations.transformers import adapted_modules
 from floe_kernels.testing.models import ARCHITECTURES
@@ -95,11 +95,11 @@ def test_recomputed_layers_route_and_drop_as_they_did(architecture, reentrant):
     batches = [(ids, mask), (ids, other)]  # one backward pass for both
     model = adapted(architecture, lora_dropout=0.5).train()
     stored = gradients(model, *batches)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, reentrant=reentrant)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     recomputed = gradients(model, *batches)
     assert all(torch.equal(stored[name], recomputed[name]) for name in stored)
-    model.activation_checkpointing_disable()
+    store(model)
     unlike = gradients(model, *batches, seed=4)
     assert any(not torch.equal(stored[name], unlike[name]) for name in stored), "nothing dropped"
 
