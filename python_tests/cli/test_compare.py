@@ -129,7 +129,7 @@ def test_a_kill_loses_no_finished_run(floe, model_folder, data_file, tmp_path):
     out = tmp_path / "run"
     arguments = [
         "compare", "--methods", "uniform,random", "--seeds", 2, "--model", model_folder,
-        "--data", data_file, "--dtype", "float32", "--length", 32, "--rank", 2, "--steps", 60,
+        "--data", data_file, "--dtype", "float32", "--length", 32, "--rank", 2, "--steps", 20,
         "--checkpoint-seconds", 0, "--eval-samples", 8, "--out", out,
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
