@@ -138,9 +138,11 @@ class MoELoRACallback(TrainerCallback):
     ``adapter.json`` into each. ``trainer.train(resume_from_checkpoint=...)`` takes these up again:
     on a CPU, training then ends in the very numbers of an undisturbed run.
 
-    The base is left out from when the Trainer is made to when its training ends. Sharded models
-    (FSDP) keep their own checkpoints: there, gather the model and call :func:`save_adapter`. A
-    dataset that does not know its length has full accumulation steps only.
+    The base is left out from when the Trainer is made to when its training ends. Under FSDP2 the
+    processes gather the adapter for its two files; FSDP1, which flattens parameters, is not
+    supported. A dataset that does not know its length has full accumulation steps only. Under
+    ``torch_compile`` with gradient checkpointing see :class:`~floe_kernels.FusedMoELoRA`'s
+    ``record_routing``.
 
     Args:
         load_balance_coef: Coefficient of the load balancing loss for all layers; None leaves every
