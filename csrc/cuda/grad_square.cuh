@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(256)
     return live ? call.part(u, kind)[at] : 0.0f;
   };
 
-  float joint = 0, grad = 0, square = 0;  // joint: what is known of the sample that is cut
+  float joint = 0, grad = 0, square = 0;  // joint: of the sample that is cut; a tail begins it
   for (int u = 0; u < call.units; ++u) {
     const Unit unit = call.unit[u];
     if (unit.head != Unit::kNone) joint += read(u, GradSquare::kHead);
@@ -217,7 +217,6 @@ __global__ void __launch_bounds__(256)
               norm;
         }
       }
-      joint = 0;
     }
     if (unit.whole) {
       grad += read(u, GradSquare::kGrad);
