@@ -83,6 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const
   STD_TORCH_CHECK(R <= 65535 && D < int64_t{1} << 23,
                   "g and x must have at most 65535 and 2^23 - 1 columns, got ", R, " and ", D);
 
+  STD_TORCH_CHECK(N < int64_t{1} << 31 && S < (int64_t{1} << 31) - 2,
+                  "there must be fewer than 2^31 rows and samples, got ", N, " and ", S);
+
   const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return torch::stable::new_empty(x, shape, dtype);
   };
