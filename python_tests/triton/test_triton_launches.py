@@ -3,10 +3,11 @@
 import pytest
 import torch
 from test_triton_moe_lora import adapter, draw
+from test_triton_shared_inputs import draw as draw_siblings
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from floe_kernels.triton import moe_lora_backward, moe_lora_forward
+from floe_kernels.triton import moe_lora_backward, moe_lora_forward, shared_inputs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted launches")
 # these only make a view or name memory
@@ -72,3 +73,25 @@ def test_dense_layer(monkeypatch, split_below, forward, backward):
         ours, torchs = count(monkeypatch, call)
         assert len(torchs) == 1, f"one base GEMM, got {torchs}"
         assert len(ours) + 1 <= most, ours
+
+
+@pytest.mark.parametrize(("split_below", "forward", "backward"), [(0, 7, 17), (4096, 8, 20)])
+def test_three_linears_of_one_x(monkeypatch, split_below, forward, backward):
+    # alone they launch 9 and 21, or 12 and 27, and autograd adds two gradients of x
+    x, siblings, mask = draw_siblings(70, [(24, [4, 4, 3]), (33, [5, 0, 2]), (17, [1, 1])])
+    siblings = [s._replace(aux_coefs=None) for s in siblings]
+    for module in (shared_inputs, moe_lora_backward):
+        monkeypatch.setattr(module, "SPLIT_BELOW", split_below)
+    saved = shared_inputs.shrink_and_route_all(x, siblings, mask)
+    dys = [torch.ones(len(x), len(s.weight), dtype=x.dtype) for s in siblings]
+
+    def run_forward():
+        shared_inputs.moe_lora_shared_linear(x, siblings, mask)
+
+    def run_backward():
+        shared_inputs.moe_lora_shared_backward(dys, x, siblings, saved, mask, [True] * 10)
+
+    for call, most in ((run_forward, forward), (run_backward, backward)):
+        ours, torchs = count(monkeypatch, call)
+        assert len(torchs) == 3, f"a base GEMM each, got {torchs}"
+        assert len(ours) + 3 <= most, ours

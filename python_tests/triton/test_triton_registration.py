@@ -8,16 +8,22 @@ import contextlib
 import pytest
 import torch
 
-from floe_kernels.ops import grad_square, moe_lora
+from floe_kernels.ops import grad_square, moe_lora, routing, shared_inputs
 from floe_kernels.reference.moe_lora import FisherBuffers
+from floe_kernels.triton import RAN_ON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def no_device_to_choose(monkeypatch):
+def chosen(monkeypatch):
+    """The devices that were made current, where there is none to choose."""
+    devices = []
     if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(
+            torch.cuda, "device", lambda device: devices.append(device) or contextlib.nullcontext()
+        )
+    return devices
 
 
 def on_cuda(op, *args):
@@ -94,3 +100,56 @@ def test_float64_goes_to_the_reference():
     got, want = (run(moe_lora.moe_lora_linear, *args) for run in (on_cuda, by_default))
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
+
+
+def test_routing():
+    got, want = (run(routing.topk_softmax, randn(9, 5), 2, True) for run in (on_cuda, by_default))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def shared_arguments():
+    """Two linears of one x, in the lists of the operator's schema."""
+    x, none = randn(20, 24), randn(0)
+    lists = ([randn(rows, 24) for rows in (10, 7)], [none, randn(7)])
+    adapters = ([randn(4, 24)] * 2, [randn(4, 10), randn(4, 7)], [randn(2, 24)] * 2, [randn(4)] * 2)
+    config = ([2, 2, 3, 1], [2, 2], [False] * 2, [True] * 2, None, [0.0] * 2, [none] * 2)
+    return x, *lists, *adapters, *config, [none] * 2
+
+
+def test_shared_inputs():
+    args = shared_arguments()
+    run_both = (on_cuda, by_default)
+    got, want = (run(shared_inputs.moe_lora_shared_linear, *args) for run in run_both)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+    x, weights, _biases, *adapters, ranks, _top_ks, shared_As, renormalizes, mask, ps = args[:-2]
+    config = (ranks, shared_As, renormalizes, mask, ps, *args[-2:], [True] * 7)
+    dys = [randn(20, 10), randn(20, 7)]
+    got, want = (
+        run(shared_inputs.moe_lora_shared_backward, dys, x, weights, *adapters, want[2:], *config)
+        for run in run_both
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts choices that are not made here")
+def test_every_launch_chooses_its_device(chosen):
+    """Triton launches on the current device: with two GPUs that may be the wrong one."""
+    test_layer(False)
+    assert len(chosen) == 3
+    test_grad_square()
+    test_routing()
+    test_shared_inputs()
+    assert len(chosen) == 3 + 2 + 1 + 2
+
+
+def test_info_says_that_a_kernel_only_compiled():
+    info = pytest.importorskip("floe_kernels.cli.info")
+    served = {name: cuda for name, _cpu, cuda in info.operator_rows()}
+    for name in ("moe_lora_linear", "moe_lora_backward", "topk_softmax", "segment_grad_square"):
+        if RAN_ON:
+            assert served[name] == "Triton"
+        else:
+            assert served[name] == "Triton, compiled, not yet run"
