@@ -37,6 +37,7 @@ class Group(NamedTuple):
 PLAN = (
     Group("moe_lora", "fwdbwd", ("goal-4096", "goal-1024", "goal-grouped")),
     Group("grad_square", "fwdbwd", ("r16-len128-bf16", "r64-len128-bf16", "r128-len128-bf16")),
+    Group("two_source", "fwd", ("y-4096-R128", "dx-4096-R128", "y-1024-R128", "dx-1024-R128")),
     Group("moe_lora", "fwdbwd", ("T512-bf16", "T64-bf16", "T1-bf16", "R1024-E64-bf16")),
     Group("moe_lora", "fwd", ("goal-4096", "goal-1024")),
     Group("fisher", "fwdbwd", ("routed-r16-len512-bf16", "routed-r64-len128-bf16")),
@@ -55,6 +56,7 @@ PLAN = (
 )  # fmt: skip
 DRY_PLAN = (
     Group("moe_lora", "fwdbwd", ("T1-bf16", "T64-bf16")),
+    Group("two_source", "fwd", ("y-1024-R64",)),
     Group("grad_square", "fwdbwd", ("r16-len512-bf16",)),
     Group("training_step", "step", ("small",), (
         "--layers", "2", "--vocab", "512", "--seconds", "2",

@@ -18,7 +18,10 @@ CACHES, MOST_SETS = 2.0, 48
 
 
 def tensor_bytes(inputs: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in inputs if isinstance(t, Tensor))
+    """Count what the tensors of a tuple hold, tuples in it included."""
+    if isinstance(inputs, Tensor):
+        return inputs.numel() * inputs.element_size()
+    return sum(map(tensor_bytes, inputs)) if isinstance(inputs, tuple) else 0
 
 
 def input_sets(op: Operation, case: Any, device: str, seed: int) -> list[Any]:

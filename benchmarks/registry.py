@@ -125,7 +125,7 @@ OPERATIONS: dict[str, Operation] = {}
 #: Modules whose import fills ``OPERATIONS``, in the order tables show providers.
 PROVIDERS = (
     "layers", "dense_cat", "grouped_mm", "scattermoe", "loops", "peft_lora",
-    "fisher_torch", "fisher_hooks", "grad_square",
+    "fisher_torch", "fisher_hooks", "grad_square", "experimental",
 )  # fmt: skip
 
 

@@ -91,3 +91,13 @@ def test_choose_keeps_the_base_and_names_what_is_unknown(moe_lora):
     assert "ours graphed" not in {p.name for p in moe_lora.choose("all", "cpu")}
     with pytest.raises(SystemExit, match="got nobody"):
         moe_lora.choose("ours,nobody", "cpu")
+
+
+@pytest.mark.parametrize("way", ["y", "dx"])
+def test_two_source_providers_are_right(operations, way):
+    from benchmarks.two_source import TwoSourceCase
+
+    case = TwoSourceCase(f"{way}-tiny", 40, 32, 24, 8, 4)
+    found = verdicts(operations["two_source"], case)
+    assert {v.status for v in found.values()} == {"ok"}, found
+    assert len(found) == 4
