@@ -147,9 +147,9 @@ def layerif(
 ) -> Plan:
     """Give layers experts in proportion to the positive part of their influence.
 
-    The allocation of LayerIF (arXiv 2505.23811): negative influence counts as none, every layer gets
-    at least ``lo`` experts, and the rest goes by largest remainders. If no influence is positive,
-    all layers share equally.
+    The allocation of LayerIF (arXiv 2505.23811): negative influence counts as none, every layer
+    gets at least ``lo`` experts, and the rest goes by largest remainders. If no influence is
+    positive, all layers share equally.
 
     Args:
         scores: Layer or module name -> influence, any finite number.
