@@ -9,10 +9,16 @@ from adapting import randomise, tokens
 import floe_kernels as fk
 from floe_kernels.allocation import uniform
 from floe_kernels.integrations.transformers import find_modules
+from floe_kernels.nn import shared_inputs
 from floe_kernels.ops import shared_inputs as ops
 from floe_kernels.testing.models import tiny_model
 
 pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    monkeypatch.setattr(shared_inputs, "ALONE", frozenset())  # a CPU shares for the tests alone
 
 
 @pytest.fixture

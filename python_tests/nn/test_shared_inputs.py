@@ -10,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 import floe_kernels as fk
 from floe_kernels.functional.shared_inputs import ExpertLinear, moe_lora_shared_linear
-from floe_kernels.nn import BatchContext
+from floe_kernels.nn import BatchContext, shared_inputs
 from floe_kernels.nn.shared_inputs import NOTHING, SharedInputMoELoRA
 from floe_kernels.ops import shared_inputs as ops
 from floe_kernels.reference import shared_inputs as reference
+
+ALONE = shared_inputs.ALONE  # before the fixture below empties it
 
 
 class Attention(nn.Module):
@@ -75,6 +77,11 @@ def assert_same(one, other):
 
 def pending(model):
     return [layer.group.pending for layer in layers(model) if layer.group.pending is not None]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    monkeypatch.setattr(shared_inputs, "ALONE", frozenset())  # a CPU shares for the tests alone
 
 
 @pytest.fixture
@@ -265,6 +272,13 @@ def test_remove(twins, calls):
     assert not any(isinstance(m, SharedInputMoELoRA) for m in model.modules())
     x = x_of(3)
     assert_same(run(twins[0], x), run(model, x))
+    assert not calls
+
+
+def test_a_cpu_saves_nothing_and_runs_layers_alone(twins, calls, monkeypatch):
+    monkeypatch.setattr(shared_inputs, "ALONE", ALONE)
+    x = x_of(3)
+    assert_same(run(twins[0], x), run(twins[1], x))
     assert not calls
 
 
