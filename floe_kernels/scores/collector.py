@@ -66,7 +66,9 @@ class FisherCollector:
     the tokens of a sample and before summing samples, inside the layer's backward operator, so that
     it is right for routed experts, whose tokens arrive without their samples. Sums are float32
     (float64 for float64 parameters). Auxiliary losses are off while collecting; gradients are what
-    they would be without. A step with a non-finite score is skipped whole and counted.
+    they would be without. A step with a non-finite score is skipped whole and counted. Each
+    process scores its own batches, and :meth:`record` adds them up; under FSDP2 too, where every
+    process holds the sums of whole parameters, not of shards.
 
     Inside the context call the model, call ``backward()``, then :meth:`step`. The batch's samples
     and loss tokens are read off the model's arguments (``input_ids``, ``labels``,

@@ -165,6 +165,22 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, case):
         lora.read_lora(tmp_path)
 
 
+def test_an_adapter_of_packed_experts_is_refused(tmp_path):
+    # its lora_B has experts innermost: read as a linear's, it would pair the wrong columns
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    names = [n for n, p in model.named_parameters() if p.ndim == 3]
+    assert names, "transformers keeps experts in one parameter"
+    lora_config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+    peft.get_peft_model(model, lora_config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="plain LoRA, got target_parameters"):
+        lora.read_lora(tmp_path)
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path):
     one, two = tmp_path / "1", tmp_path / "2"
     checkpoint(one, 0)
