@@ -1,6 +1,6 @@
 """CUDA C++ kernels that nothing dispatches yet, beside what they would replace.
 
-On a CPU the operators are plain PyTorch, which checks the rows; they are timed on a GPU alone.
+They are measured on a GPU alone: on a CPU the operators are plain PyTorch.
 """
 
 import torch
@@ -54,7 +54,7 @@ def alone(inputs: TwoSourceInputs) -> Step:
     return product(inputs, lambda: F.linear(x, weight))
 
 
-@TWO_SOURCE.provide("ours, CUDA C++", "ours, not dispatched", role="ours")
+@TWO_SOURCE.provide("ours, CUDA C++", "ours, not dispatched", role="ours", devices=("cuda",))
 def fused(inputs: TwoSourceInputs) -> Step:
     """``floe::experimental_two_source_linear`` and ``_grad``: one pass over the output."""
     from floe_kernels.ops import experimental_two_source as ops
