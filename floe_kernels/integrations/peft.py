@@ -144,8 +144,8 @@ class FusedMoELoRAModel(BaseTuner):
 
     Padding reaches the layers as under :func:`floe_kernels.apply_plan`. Adapters are float32 on a
     bfloat16 or float16 base, too, unless ``autocast_adapter_dtype`` is False. Several active
-    adapters add up, each with its own router. ``merge_adapter`` and ``merge_and_unload`` are refused unless
-    :func:`set_merge_gates` stated gates, or there is one expert.
+    adapters add up, each with its own router. ``merge_adapter`` and ``merge_and_unload`` are
+    refused unless :func:`set_merge_gates` stated gates, or there is one expert.
     """
 
     prefix = "floe_"
