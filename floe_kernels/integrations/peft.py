@@ -153,9 +153,9 @@ class FusedMoELoRAModel(BaseTuner):
     target_module_mapping = {kind: list(names) for kind, names in DEFAULT_TARGETS.items()}  # noqa: RUF012
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if "_batch" not in self.__dict__:  # one for all adapters
-            self._batch = BatchContext()
-            self._batch_handles = BatchHook(model, self._batch).install(model)
+        # called once, whatever adapters come later
+        self._batch = BatchContext()
+        self._batch_handles = BatchHook(model, self._batch).install(model)
 
     def _create_and_replace(
         self,
