@@ -7,10 +7,11 @@
 namespace floe {
 namespace {
 
-// Parameters have the dtype of x, or float32: that of any other is changed to x's.
+// Parameters have the dtype of x, or float32: any other is changed to what holds both.
 Tensor parameter(const Tensor& t, const Tensor& x) {
-  const ScalarType dtype = t.scalar_type();
-  return as_dtype(t, dtype == ScalarType::Float ? dtype : x.scalar_type());
+  if (t.scalar_type() == x.scalar_type()) return torch::stable::contiguous(t);
+  return as_dtype(t,
+                  x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
 }
 
 }  // namespace

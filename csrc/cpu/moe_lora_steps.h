@@ -73,7 +73,8 @@ struct Steps {
     constexpr int64_t kBlock = 2048 / sizeof(elem);
     const auto* x = static_cast<const scalar_t*>(s.x);
     alignas(64) elem staged[MR * kBlock];
-    for (int64_t k0 = 0; k0 < s.K; k0 += kBlock) {
+    int64_t k0 = 0;
+    do {  // once where K is 0, for the sums are then zero
       const int64_t K = least(kBlock, s.K - k0);
       const bool direct = std::is_same_v<scalar_t, elem> && !s.keep && K % V::kPack == 0;
       for (int64_t m = 0; m < s.M; m += MR) {
@@ -94,7 +95,8 @@ struct Steps {
                       static_cast<acc*>(s.sums) + m * s.ld_sums + p * NR, s.ld_sums, k0 > 0);
         }
       }
-    }
+      k0 += kBlock;
+    } while (k0 < s.K);
   }
 
   static void narrow_rows(const void* sums, int64_t ld, int64_t M, int64_t N, double scale,

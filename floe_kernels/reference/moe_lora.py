@@ -176,7 +176,7 @@ def moe_lora_backward(
     dlogits = drop_masked(dlogits, token_mask)
     dz = gate * u.to(wide)
     if shared_A:
-        dz = dz.view(len(dz), len(ranks), -1).sum(1)
+        dz = dz.view(len(dz), len(ranks), ranks[0]).sum(1)
     dz = dz.to(x.dtype)
     h = (gate * z_all).to(x.dtype)
 

@@ -343,3 +343,38 @@ def test_base_out_must_fit():
     del w["weight"], w["bias"]
     with pytest.raises(ValueError, match=r"leading sizes of x, \(11,\), got \(3, 5\)"):
         FK.moe_lora(base_out=torch.zeros(3, 5), **w, **GOOD)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4), (2, 3, 0), (2, 3, 5, 4)], ids=str)
+def test_no_inputs_or_no_outputs(shape):
+    *lead, inputs, outputs = shape
+    x = torch.randn(*lead, inputs, requires_grad=True)
+    base = torch.randn(*lead, outputs)
+    a, b = torch.randn(4, inputs, requires_grad=True), torch.randn(4, outputs, requires_grad=True)
+    router = torch.randn(2, inputs, requires_grad=True)
+    # what is not computed must be zero, not what memory held before
+    junk = [torch.full((4096,), 1e6) for _ in range(64)]
+    del junk
+    out = FK.moe_lora(x, base, a, b, router, ranks=[2, 2]).out
+    out.sum().backward()
+    if not inputs:
+        assert torch.equal(out, base)
+        assert torch.equal(b.grad, torch.zeros(4, outputs))
+    if not outputs:
+        assert torch.equal(x.grad, torch.zeros_like(x))
+        assert not router.grad.any()
+
+
+def test_half_adapters_on_bfloat16_lose_nothing():
+    x = torch.randn(64, 32).bfloat16()
+    a, b, router = (torch.randn(*s).half() for s in ((24, 32), (24, 16), (3, 32)))
+    out = FK.moe_lora(x, torch.zeros(64, 16).bfloat16(), a, b, router, ranks=[8] * 3, top_k=2)
+    exact = x.double() @ router.double().T
+    assert_no_worse(out.logits, x.float() @ router.float().T, exact, terms=32)
+
+
+def test_a_shared_A_takes_an_empty_batch():
+    x, a = torch.randn(0, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    more = (a, torch.randn(6, 4), torch.randn(3, 6))
+    FK.moe_lora(x, torch.randn(0, 4), *more, ranks=[2] * 3, shared_A=True).out.sum().backward()
+    assert torch.equal(a.grad, torch.zeros(2, 6))
