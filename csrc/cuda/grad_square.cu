@@ -2,8 +2,8 @@
 #include <string>
 #include <tuple>
 
-#include "cuda/call.h"
 #include "cuda/grad_square.cuh"
+#include "cuda/operator_call.h"
 
 namespace floe::cuda {
 namespace {

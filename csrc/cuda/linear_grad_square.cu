@@ -1,8 +1,8 @@
 // floe::experimental_linear_grad_square; the schema is Python's, ops/experimental.py.
 #include <algorithm>
 
-#include "cuda/call.h"
 #include "cuda/linear_grad_square.cuh"
+#include "cuda/operator_call.h"
 
 namespace floe::cuda {
 namespace {

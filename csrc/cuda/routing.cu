@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cuda/call.h"
 #include "cuda/grouping.cuh"
+#include "cuda/operator_call.h"
 #include "cuda/routing.cuh"
 
 namespace floe::cuda {
