@@ -1,23 +1,15 @@
 // The steps of grad_square_kernels.h against plain loops, on ragged sizes and exact allocations,
 // with panels spread over threads: for builds with -fsanitize=address,undefined or =thread.
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "cpu/grad_square_kernels.h"
-#include "cpu/tests/threads.h"
+#include "cpu/tests/checks.h"
 
 namespace floe::cpu {
 namespace {
-
-int failures = 0;
-
-void expect_close(const char* what, double got, double expected, double tolerance) {
-  if (std::abs(got - expected) <= tolerance * (1 + std::abs(expected))) return;
-  if (++failures < 20) std::printf("%s: got %g, expected %g\n", what, got, expected);
-}
 
 struct Scratch {
   void* data;
