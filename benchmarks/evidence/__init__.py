@@ -1,0 +1,1 @@
+"""Evidence on real tasks: do the methods hold what their papers promise?"""
