@@ -33,7 +33,7 @@ BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test dev bench sanitize lint format wheel clean
+.PHONY: help demo test dev bench sanitize fuzz nightly faults lint format wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -52,6 +52,17 @@ bench: $(STAMPS)/bench $(BUILT)  ## the quick benchmarks
 
 sanitize: $(STAMPS)/packages  ## the C++ steps under AddressSanitizer, UBSan and ThreadSanitizer
 	$(PY) python_tests/cpu/sanitized.py
+
+fuzz: $(BUILT)  ## 10,000 drawn cases of every operator against float64; CASES=100 for fewer
+	OMP_NUM_THREADS=1 FLOE_FUZZ_CASES=$(or $(CASES),10000) $(PY) -m $(PYTEST) --timeout=0 \
+	    python_tests/fuzz $(ARGS)
+
+nightly: CASES ?= 1000000
+nightly: fuzz  ## a million cases
+
+faults: $(BUILT)  ## 100 kills, full disks and other mishaps; KILLS=10 for fewer
+	OMP_NUM_THREADS=1 FLOE_FAULTS=$(or $(KILLS),100) $(PY) -m pytest --timeout=0 -rs \
+	    python_tests/faults $(ARGS)
 
 lint: $(STAMPS)/packages  ## what must be clean before a commit
 	$(BIN)/ruff check .

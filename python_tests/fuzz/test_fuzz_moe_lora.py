@@ -1,0 +1,216 @@
+"""The layer's operators and their gradients on drawn cases, every kernel, against float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from backends import BACKENDS, running
+from balls import assert_within, ball, widened
+from conftest import drawn
+from expected import backward, forward, squares
+from hypothesis import given
+from strategies import Case, bounds, cases, tensors
+
+from floe_kernels import FusedMoELoRA, reference
+from floe_kernels import functional as FK
+from floe_kernels.reference.moe_lora import FisherBuffers
+
+LEAVES = ("x", "lora_A", "lora_B", "router", "base")
+
+
+def call(case, t, fisher=None):
+    """Call the public function; return its result and the leaves that want gradients."""
+    leaves = {k: t[k].detach().requires_grad_() for k in LEAVES if t[k] is not None}
+    x, mask, base = leaves["x"], t["mask"], leaves.get("base")
+    if case.lead == 3 or (case.lead == 1 and case.tokens == 1):
+        put = torch.Tensor.squeeze if case.lead == 1 else torch.Tensor.unsqueeze
+        x, base = put(x, 0), None if base is None else put(base, 0)
+        mask = None if mask is None or case.lead == 1 else mask[None]
+        if case.lead == 1 and t["mask"] is not None:
+            mask = t["mask"]
+    rest = {
+        "ranks": case.ranks, "top_k": case.top_k, "scaling": t["scaling"],
+        "shared_A": case.shared_A, "renormalize": case.renormalize, "token_mask": mask,
+        "dropout_p": case.dropout_p, "dropout_seed": t["seed"], "aux_coefs": t["aux"],
+        "fisher": fisher,
+    }  # fmt: skip
+    adapter = leaves["lora_A"], leaves["lora_B"], leaves["router"]
+    if base is None:
+        result = FK.moe_lora_linear(x, t["weight"], t["bias"], *adapter, **rest)
+    else:
+        result = FK.moe_lora(x, base, *adapter, **rest)
+    return result._replace(out=result.out.reshape(case.tokens, case.outputs)), leaves
+
+
+def check_experts(case, experts, logits, want):
+    """Distinct experts, best first by the kernel's own logits, and no worse than the true best."""
+    assert experts.shape == (case.tokens, case.top_k)
+    assert ((experts >= 0) & (experts < case.experts)).all()
+    if case.tokens:
+        assert (experts.sort(1).values.diff(dim=1) > 0).all(), "an expert was kept twice"
+    sound = logits.isfinite().all(1)
+    own = reference.topk_softmax(logits[sound], case.top_k, True)[1]
+    assert torch.equal(experts[sound], own), "not the best of the kernel's own logits, in order"
+    if case.top_k < case.experts and case.tokens:
+        kept = torch.zeros_like(want.v).scatter(1, experts, 1.0) > 0
+        best_dropped = (want.v - want.r).masked_fill(kept, -torch.inf).amax(1)
+        worst_kept = (want.v + want.r).masked_fill(~kept, torch.inf).amin(1)
+        assert (worst_kept >= best_dropped).all(), "a worse expert was kept"
+
+
+def fisher_buffers(case, t):
+    dtype = widened(case.dtype)
+    size = {"element": 2, "rank": 1, "matrix": 0}[case.reduce]
+    buffers = [torch.zeros(t[k].shape[:size], dtype=dtype) for k in ("lora_A", "lora_B", "router")]
+    offsets = bounds(case.samples, case.tokens)
+    count = len(case.samples)
+    scale = (None, torch.tensor(3.0), torch.arange(count) + 0.5)[case.seed % 3]
+    return FisherBuffers(offsets, scale, *buffers, torch.zeros(count, dtype=dtype))
+
+
+def check_fisher(case, t, fisher, pairs, tokens):
+    sums = widened(case.dtype)
+    offsets, scale, *buffers, gate = fisher
+    for name, buffer, (g, x) in zip(("A", "B", "router"), buffers, pairs, strict=True):
+        want = squares(g, x, offsets, scale, sums)[0][case.reduce]
+        assert_within(f"fisher of {name}", buffer, want)
+    for i in range(len(case.samples)):
+        own = tokens[int(offsets[i]) : int(offsets[i + 1])]
+        factor = 1.0 if scale is None else float(scale if scale.ndim == 0 else scale[i])
+        v, size = own.v.sum() * factor, own.size.sum() * factor
+        r = own.r.sum() * factor + (len(own.v) + 4) * torch.finfo(sums).eps * size
+        # kernels may take this as a difference of running sums in float64
+        r = r + 1e-15 * tokens.size.sum() * factor + torch.finfo(sums).tiny
+        bad = not t["x"][int(offsets[i]) : int(offsets[i + 1])].isfinite().all()
+        if bad or not tokens.size.sum().isfinite() or size > torch.finfo(sums).max:
+            r = torch.tensor(torch.inf)
+        assert_within(f"gate gradient of sample {i}", gate[i], ball(v, r))
+
+
+def check(case):
+    t = tensors(case)
+    fisher = fisher_buffers(case, t) if case.samples is not None else None
+    result, leaves = call(case, t, fisher)
+    experts = result.experts
+    want = forward(case, t, experts)
+    check_experts(case, experts, result.logits, want.logits)
+    assert_within("out", result.out, want.out)
+    assert_within("logits", result.logits, want.logits)
+    assert_within("gates", result.gates, want.gates)
+    if case.base_dtype is None and case.inputs:
+        spoilt = ~t["x"].isfinite().all(1)
+        assert not result.out[spoilt].isfinite().any(), "a non-finite token has a finite output"
+
+    result.out.backward(t["grad_out"])
+    gradients, pairs, tokens = backward(case, t, t["grad_out"], experts, want)
+    for name, leaf in leaves.items():
+        if name == "base":
+            assert torch.equal(leaf.grad.nan_to_num(7), t["grad_out"].nan_to_num(7))
+        else:
+            field = name if name != "router" else "router"
+            assert_within(f"gradient of {name}", leaf.grad, getattr(gradients, field))
+    if fisher is not None:
+        check_fisher(case, t, fisher, pairs, tokens)
+    if case.seed % 4 == 0:
+        fisher = fisher_buffers(case, t) if case.samples is not None else None
+        again, twice = call(case, t, fisher)
+        again.out.backward(t["grad_out"])
+        pairs = [*zip(result, again, strict=True)]
+        pairs += [(leaves[k].grad, twice[k].grad) for k in leaves]
+        for one, other in pairs:
+            assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), "a second run differs"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@drawn(0.05)
+@given(case=cases())
+def test_values_and_gradients(backend, tried, case):
+    with running(backend):
+        check(case)
+    tried()
+
+
+PLAIN = Case(
+    64, 24, 24, (8, 8, 8), 2, torch.float32, torch.float32, None, False, True, None, 0.0, False,
+    False, 2, ("rows",) * 4, (0,) * 4, "any", (), None, "element", 0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_nothing_is_read_where_a_side_is_empty(backend, side):
+    with running(backend):
+        check(dataclasses.replace(PLAIN, **{side: 0}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_router_of_the_other_half(backend):
+    with running(backend):
+        check(dataclasses.replace(PLAIN, dtype=torch.bfloat16, weight_dtype=torch.float16))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("backend", BACKENDS)
+@drawn(0.02)
+@given(case=cases())
+def test_layer(backend, tried, case):
+    """``FusedMoELoRA`` draws its own dropout, so it is compared without."""
+    case = dataclasses.replace(
+        case, base_dtype=None, dropout_p=0.0, samples=None,
+        lead=2, renormalize=case.top_k > 1, inputs=max(1, case.inputs),
+    )  # fmt: skip
+    t = tensors(case)
+    with torch.device("meta"):  # nothing to initialise, and no warning about it
+        linear = torch.nn.Linear(case.inputs, case.outputs, bias=case.bias, dtype=case.dtype)
+    linear.weight = torch.nn.Parameter(t["weight"], requires_grad=False)
+    if case.bias:
+        linear.bias = torch.nn.Parameter(t["bias"], requires_grad=False)
+    coefs = (0.3, 0.2) if case.aux else (0.0, 0.0)
+    layer = FusedMoELoRA(
+        linear, case.ranks, case.top_k, shared_A=case.shared_A, load_balance_coef=coefs[0],
+        z_loss_coef=coefs[1], dtype=case.weight_dtype,
+    )  # fmt: skip
+    parameters = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "router": layer.router.weight}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(t[name])
+        layer.scaling.copy_(t["scaling"])
+    x = t["x"].detach().requires_grad_()
+    with running(backend):
+        out = layer(x, t["mask"])
+        out.backward(t["grad_out"])
+        experts = choice(case, t)
+    want = forward(case, t, experts)
+    assert_within("out", out, want.out)
+    gradients = backward(case, t, t["grad_out"], experts, want)[0]
+    for name, leaf in {"x": x, **parameters}.items():
+        assert_within(f"gradient of {name}", leaf.grad, getattr(gradients, name))
+    load = layer.expert_load().double().sum()
+    kept = case.tokens if t["mask"] is None else int(t["mask"].sum())
+    assert abs(load - float(kept > 0)) <= case.experts * 2.0**-23
+    tried()
+
+
+def choice(case, t):
+    """The experts that the kernel, given the same numbers, chooses again."""
+    with torch.no_grad():
+        return call(case, t)[0].experts
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets
+@pytest.mark.parametrize("backend", ["triton"])
+@drawn(0.005)
+@given(case=cases(triton=True))
+def test_interpreted_kernels(backend, tried, case):
+    pytest.importorskip("triton")
+    # the interpreter cuts bfloat16 off where hardware rounds
+    dtype = {torch.bfloat16: torch.float32}
+    case = dataclasses.replace(
+        case,
+        dtype=dtype.get(case.dtype, case.dtype),
+        weight_dtype=dtype.get(case.weight_dtype, case.weight_dtype),
+        base_dtype=dtype.get(case.base_dtype, case.base_dtype),
+    )
+    with running(backend):
+        check(case)
+    tried()
