@@ -288,8 +288,9 @@ class FusedMoELoRA(nn.Module):
 
 def kaiming_uniform_(weight: Tensor) -> None:
     """Draw a ``(rows, I)`` weight as ``nn.Linear`` does: Kaiming-uniform with a = sqrt 5."""
-    bound = 1 / math.sqrt(weight.shape[1])
-    nn.init.uniform_(weight, -bound, bound)
+    if weight.numel():
+        bound = 1 / math.sqrt(weight.shape[1])
+        nn.init.uniform_(weight, -bound, bound)
 
 
 def linear_features(layer: nn.Module) -> tuple[int, int]:

@@ -286,3 +286,10 @@ def test_a_mismatched_input_is_refused():
         layer()(torch.randn(3, 7))
     with pytest.raises(ValueError, match=r"weight must have the dtype of x, torch\.float64"):
         layer()(torch.randn(3, 6).double())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_a_linear_without_inputs_or_outputs(sizes):
+    layer = FusedMoELoRA(torch.nn.Linear(*sizes), ranks=[2], top_k=1)
+    assert layer(torch.randn(3, sizes[0])).shape == (3, sizes[1])
