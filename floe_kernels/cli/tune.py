@@ -5,6 +5,7 @@ from typing import Any
 
 from floe_kernels.cli.arguments import (
     TUNING,
+    AskedWrongly,
     Out,
     Resume,
     asked_in,
@@ -12,9 +13,10 @@ from floe_kernels.cli.arguments import (
     resumable,
     takes_options,
 )
-from floe_kernels.cli.progress import TerminalProgress
+from floe_kernels.cli.progress import TerminalProgress, console
 from floe_kernels.cli.tables import print_results
-from floe_kernels.pipeline.runs import open_run
+from floe_kernels.pipeline.distributed import is_first, open_shared, processes
+from floe_kernels.pipeline.progress import SILENT
 from floe_kernels.pipeline.tune import tune
 
 
@@ -25,13 +27,24 @@ def command(
     out: Out = Path("runs/tune"),
     resume: Resume = False,
 ) -> None:
-    """Search the rank, score and choose layers, train them, evaluate, and report."""
+    """Search the rank, score and choose layers, train them, evaluate, and report.
+
+    Under torchrun every process computes its share of each batch: torchrun --nproc-per-node 2
+    -m floe_kernels tune ...
+    """
     options = checked(asked_in(out, given) if resume else asked)
-    progress = TerminalProgress()
     arguments = given if resume else options.to_json()
-    with (
-        resumable(out, f"floe tune --out {out} --resume"),
-        open_run(out, "tune", arguments, resume=resume) as run,
-    ):
-        tune(run, options, progress)
-        print_results(progress.console, run)
+    with processes() as number:
+        if number > 1 and options.storage:
+            raise AskedWrongly(
+                "--storage is for processes that take trials of their own, and torchrun's share "
+                "each trial: leave one of the two out"
+            )
+        progress = TerminalProgress() if is_first() else SILENT
+        with (
+            resumable(out, f"floe tune --out {out} --resume"),
+            open_shared(out, "tune", arguments, resume=resume) as run,
+        ):
+            tune(run, options, progress)
+            if is_first():
+                print_results(console(), run)

@@ -6,10 +6,16 @@ gradients are added up over processes before they are used, and that the first o
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from floe_kernels.pipeline.runs import Run, open_run
 
 
 @contextlib.contextmanager
@@ -32,11 +38,45 @@ def processes() -> Iterator[int]:
     if not ours:
         yield _number()
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(torch.distributed.get_node_local_rank())
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield _number()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def open_shared(
+    folder: Path, command: str, arguments: Mapping[str, Any], *, resume: bool = False
+) -> Iterator[Run]:
+    """Open a run in every process: the first in its folder, the others in copies they throw away.
+
+    So all of them resume from the same state, and no code that writes need know how many they are.
+
+    Args:
+        folder: As in :func:`~floe_kernels.pipeline.runs.open_run`, like all that follows.
+        command: The command's name.
+        arguments: What is asked for.
+        resume: Take up the run that is there.
+
+    Raises:
+        OSError: In the first process, as ``open_run`` raises it.
+        ValueError: Likewise.
+    """
+    if is_first():
+        with open_run(folder, command, arguments, resume=resume) as run:
+            _wait()  # until the others may copy
+            _wait()  # until they have
+            yield run
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        _wait()
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        _wait()
+        with open_run(Path(copy), command, arguments, resume=True) as run:
+            yield run
 
 
 def is_first() -> bool:
@@ -84,6 +124,17 @@ def add_gradients(parameters: Iterable[Tensor], *further: Tensor) -> None:
             tensor.copy_(part.view(tensor.shape))
 
 
+def add_up(total: Tensor) -> Tensor:
+    """Return the sum of a tensor over processes.
+
+    Args:
+        total: What this process has of it; written to.
+    """
+    if _number() > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
 def any_of(flag: bool, device: torch.device) -> bool:
     """Tell whether any process says so: an interrupt, or that a checkpoint is due.
 
@@ -96,6 +147,11 @@ def any_of(flag: bool, device: torch.device) -> bool:
     said = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(said)
     return bool(said)
+
+
+def _wait() -> None:
+    if _number() > 1:
+        torch.distributed.barrier()
 
 
 def _number() -> int:

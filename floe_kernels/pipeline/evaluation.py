@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from floe_kernels.pipeline.distributed import add_up, share
 from floe_kernels.pipeline.encoding import IGNORE, Samples
 from floe_kernels.pipeline.progress import SILENT, Progress
 
@@ -61,9 +62,12 @@ def evaluate(
         with torch.inference_mode(), progress.bar("evaluating", len(order), unit="samples") as bar:
             for i in range(0, len(order), batch_size):
                 chosen = order[i : i + batch_size]
-                batch = samples.batch(chosen, pad)
-                total += negative_log_likelihood(model, to_device(batch, device))
+                mine = share(chosen)
+                if mine:
+                    batch = samples.batch(mine, pad)
+                    total += negative_log_likelihood(model, to_device(batch, device))
                 bar.advance(len(chosen))
+            add_up(total)
     finally:
         model.train(training)
     return Evaluation(total.item() / tokens, tokens)

@@ -19,6 +19,7 @@ from floe_kernels.allocation import (
     uniform,
 )
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
+from floe_kernels.pipeline.distributed import any_of
 from floe_kernels.pipeline.encoding import Samples, permutation
 from floe_kernels.pipeline.evaluation import evaluate
 from floe_kernels.pipeline.options import Options
@@ -93,7 +94,8 @@ def search_rank(
         config: dict[str, Any], report: Callable[[int, float], None]
     ) -> float | tuple[float, ...]:
         spent = (time.monotonic() - started) / 60
-        if options.search_minutes and trials and spent > options.search_minutes:
+        late = bool(options.search_minutes and trials and spent > options.search_minutes)
+        if any_of(late, next(model.parameters()).device):
             raise OutOfTime
         plan = trial_plan(modules, options, config, scores)
         torch.manual_seed(options.seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from floe_kernels.pipeline.checkpoints import load_checkpoint, save_checkpoint
+from floe_kernels.pipeline.distributed import add_gradients, any_of, share
 from floe_kernels.pipeline.encoding import Samples, permutation
 from floe_kernels.pipeline.evaluation import negative_log_likelihood, to_device
 from floe_kernels.pipeline.interrupts import deferred_interrupts
@@ -198,8 +199,8 @@ def train(
                 if on_step is not None:
                     on_step(done, loss, figures)
                 bar.advance(loss=loss)
-                stop = interrupted()
-                if stop or time.monotonic() >= due:
+                stop = any_of(interrupted(), device)
+                if any_of(stop or time.monotonic() >= due, device):
                     due, saved = save(), done
                 if stop:
                     raise KeyboardInterrupt
@@ -230,13 +231,16 @@ def _step(
             f"every step needs a token that counts in the loss, step {step + 1} has none"
         )
     total = torch.zeros((), device=device)
-    for indices in batches:
+    for indices in map(share, batches):
+        if not indices:
+            continue
         batch = to_device(samples.batch(indices, pad), device)
         if not (batch["labels"][:, 1:] >= 0).any():
             continue
         loss = negative_log_likelihood(model, batch) / tokens
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    add_gradients((p for p in model.parameters() if p.requires_grad), total)
     return total.item(), tokens
 
 

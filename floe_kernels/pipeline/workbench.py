@@ -19,6 +19,7 @@ from floe_kernels.integrations.transformers import (
     save_adapter,
 )
 from floe_kernels.pipeline.datasets import Dataset
+from floe_kernels.pipeline.distributed import share
 from floe_kernels.pipeline.encoding import Samples, draw
 from floe_kernels.pipeline.evaluation import Evaluation, evaluate, to_device
 from floe_kernels.pipeline.memory import PeakMemory
@@ -311,7 +312,9 @@ class Workbench:
         size = self.options.batch_size
         for i in range(0, len(samples), size):
             chosen = range(i, min(i + size, len(samples)))
-            yield to_device(samples.batch(chosen, self.dataset.pad), self.loaded.device)
+            mine = share(chosen)
+            if mine:
+                yield to_device(samples.batch(mine, self.dataset.pad), self.loaded.device)
             bar.advance(len(chosen))
 
 
