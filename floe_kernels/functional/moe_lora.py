@@ -105,7 +105,7 @@ def moe_lora_linear(
                 f"{name} is frozen here, got one that requires grad: "
                 "compute the base yourself and call moe_lora(x, base_out, ...)"
             )
-    rows = _rows(x)
+    rows = rows_of(x)
     shared = _shared_arguments(
         rows, weight.shape[0], lora_A, lora_B, router_weight, ranks, top_k, scaling, shared_A,
         renormalize, token_mask, dropout_p, dropout_seed, aux_coefs, fisher,
@@ -181,7 +181,7 @@ def moe_lora(
             f"base_out must be (..., O) with the leading sizes of x, {tuple(x.shape[:-1])}, "
             f"got {tuple(base_out.shape)}"
         )
-    rows = _rows(x)
+    rows = rows_of(x)
     shared = _shared_arguments(
         rows, base_out.shape[-1], lora_A, lora_B, router_weight, ranks, top_k, scaling, shared_A,
         renormalize, token_mask, dropout_p, dropout_seed, aux_coefs, fisher,
@@ -189,7 +189,7 @@ def moe_lora(
     if shared is None:
         return _no_experts(base_out.clone(), rows)
     with _no_autocast(x):
-        out, _z, experts, gates, logits = ops.call(rows, _rows(base_out), *shared)
+        out, _z, experts, gates, logits = ops.call(rows, rows_of(base_out), *shared)
     return MoELoRAOutput(out.view(base_out.shape), logits.detach(), experts, gates.detach())
 
 
@@ -198,7 +198,8 @@ def default_top_k(num_experts: int, shared_A: bool) -> int:
     return num_experts if shared_A else min(2, num_experts)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """Return ``(..., I)`` as ``(N, I)``."""
     if x.ndim == 2:
         return x  # a view is a node of the graph
     return x.flatten(0, -2) if x.ndim > 2 else x[None]  # reshape(-1, 0) cannot tell how many rows

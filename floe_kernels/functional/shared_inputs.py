@@ -6,7 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from floe_kernels.functional.moe_lora import MoELoRAOutput, _no_autocast, _shared_arguments
+from floe_kernels.functional.moe_lora import (
+    MoELoRAOutput,
+    _no_autocast,
+    _shared_arguments,
+    rows_of,
+)
 from floe_kernels.ops import shared_inputs as ops
 
 
@@ -65,7 +70,7 @@ def moe_lora_shared_linear(
         >>> [result.out.shape[1] for result in moe_lora_shared_linear(x, [draw(4), draw(2)])]
         [4, 2]
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     columns: list[tuple[object, ...]] = []
     for linear in linears:
         weight, bias = linear.weight, linear.bias

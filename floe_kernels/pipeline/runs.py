@@ -179,4 +179,8 @@ def load_run(folder: Path, *, mend: bool = False) -> Run:
         raise ValueError(
             f"{folder / CONFIG} must be of format {FORMAT}, got {config.get('format')!r}"
         )
+    for name in ("arguments", "facts"):
+        value = config.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} in {folder / CONFIG} must be an object, got {value!r:.80}")
     return Run(folder, config, mend=mend)

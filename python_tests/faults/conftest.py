@@ -1,17 +1,12 @@
-"""How many faults: FLOE_FAULTS kills in all, 0 for the few of an ordinary test run."""
+"""What runs are made of, and the line that says how many faults were survived."""
 
-import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from counting import SURVIVED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
-
-ASKED = int(os.environ.get("FLOE_FAULTS", "0"))
-KILLS = ASKED or 5
-SURVIVED = Counter()
 
 
 @pytest.fixture(scope="session")

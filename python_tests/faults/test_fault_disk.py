@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ASKED, KILLS, SURVIVED
+from counting import ASKED, KILLS, SURVIVED
 from running import assert_same, assert_whole, finished, sentence, start
 
 

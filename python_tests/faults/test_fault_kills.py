@@ -4,7 +4,7 @@ import os
 import random
 import time
 
-from conftest import KILLS, SURVIVED
+from counting import KILLS, SURVIVED
 from running import assert_same, assert_whole, finished, lines, phase, sentence, start
 
 #: a moment to wait for, so that the short phases are met as often as the long ones

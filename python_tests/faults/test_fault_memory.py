@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASKED, SURVIVED
+from counting import ASKED, SURVIVED
 
 from floe_kernels import FusedMoELoRA
 

@@ -7,7 +7,7 @@ import torch
 from backends import BACKENDS, running
 from balls import Ball, assert_within, ball, exact, matmul, mul, rounded, widened
 from balls import total as summed
-from conftest import drawn
+from drawing import drawn
 from expected import squares
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ import pytest
 import torch
 from backends import BACKENDS, running
 from balls import assert_within, ball, widened
-from conftest import drawn
+from drawing import drawn
 from expected import backward, forward, squares
 from hypothesis import given
 from strategies import Case, bounds, cases, tensors

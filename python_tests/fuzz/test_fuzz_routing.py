@@ -6,7 +6,7 @@ import pytest
 import torch
 from backends import BACKENDS, running
 from balls import Ball, assert_within, exact, rounded, softmax, widened
-from conftest import drawn
+from drawing import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BF16, FP16, FP32, FP64, LAYOUTS, laid_out

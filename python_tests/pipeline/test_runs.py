@@ -171,3 +171,13 @@ def test_clearing_deletes_the_run_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "lock"}
     with pytest.raises(FileNotFoundError, match="holds no run"):
         clear_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["arguments", "facts"])
+def test_a_configuration_of_another_shape_is_refused(tmp_path, name):
+    with open_run(tmp_path, "tune", {}):
+        pass
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: None}))
+    with pytest.raises(ValueError, match=f"{name} in .*config.json must be an object, got None"):
+        load_run(tmp_path)
