@@ -98,17 +98,17 @@ def gradients(model, run, x):
 
 
 @pytest.mark.parametrize("how", ["records nothing", "dynamo's setting"])
-def test_checkpoints_compile_without_a_break(how, monkeypatch):
+def test_checkpoints_compile_without_a_break(how):
     model, x = Recomputed(), torch.randn(4, 6, requires_grad=True)
     if how == "records nothing":
         for module in model.layers:
             module.record_routing = False
-    else:
-        name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-        monkeypatch.setattr(torch._dynamo.config, name, True)
+    setting = {"skip_fwd_side_effects_in_bwd_under_checkpoint": how == "dynamo's setting"}
     eager = gradients(model, model, x)
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = gradients(model, torch.compile(model, fullgraph=True, backend=graphs), x)
+    # not monkeypatch: what it restores in torch's settings, later tests find deleted
+    with torch._dynamo.config.patch(setting):
+        compiled = gradients(model, torch.compile(model, fullgraph=True, backend=graphs), x)
     assert graphs.frame_count == 1
     for got, want in zip(compiled, eager, strict=True):
         torch.testing.assert_close(got, want)
