@@ -171,35 +171,54 @@ class FusedMoELoRA(nn.Module):
         fisher = None
         if self.fisher is not None and torch.is_grad_enabled():
             fisher = self.fisher.buffers(x)
+        options = {**self.call_options(x), "token_mask": token_mask, "fisher": fisher}
+        if fisher is not None:
+            options["aux_coefs"] = None
+        experts = (self.lora_A, self.lora_B, self.router.weight)
+        linear = self.call_linear(x)
+        if linear is None:
+            base_out = self.base_layer(x)
+            result = functional.moe_lora(x.to(base_out.dtype), base_out, *experts, **options)
+        else:
+            result = functional.moe_lora_linear(*linear, *experts, **options)
+        if self.record_routing or fisher is not None:
+            self._routed = (result.logits, result.experts, token_mask)
+        return result.out
+
+    def call_options(self, x: Tensor) -> dict[str, Any]:
+        """Return the layer's own keywords of the functional operations, with a fresh dropout seed.
+
+        Args:
+            x: The input that they are for.
+        """
         drop = self.lora_dropout if self.training else 0.0
-        has_aux = bool(self.load_balance_coef or self.z_loss_coef)
-        options: dict[str, Any] = {
+        return {
             "ranks": self.ranks,
             "top_k": self.top_k if self.ranks else None,
             "scaling": self.scaling,
             "shared_A": self.shared_A,
-            "token_mask": token_mask,
             "dropout_p": drop,
             # drawn from torch's generator, so a checkpoint's recomputation draws the same seed
             "dropout_seed": torch.randint(2**63 - 1, (), device=x.device) if drop else None,
-            "aux_coefs": self.aux_coefs if has_aux and fisher is None else None,
-            "fisher": fisher,
+            "aux_coefs": self.aux_coefs if self.load_balance_coef or self.z_loss_coef else None,
         }
-        experts = (self.lora_A, self.lora_B, self.router.weight)
-        weight = linear_weight(self.base_layer)
+
+    def call_linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Return ``x`` and the frozen linear's weight and bias, in autocast's dtype if any.
+
+        Args:
+            x: The input.
+
+        Returns:
+            None where the base is no plain frozen linear, and must run itself.
+        """
+        weight, bias = linear_weight(self.base_layer), self.bias
         if weight is None:
-            base_out = self.base_layer(x)
-            result = functional.moe_lora(x.to(base_out.dtype), base_out, *experts, **options)
-        else:
-            bias = self.bias
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
-                x, weight = x.to(dtype), weight.to(dtype)
-                bias = None if bias is None else bias.to(dtype)
-            result = functional.moe_lora_linear(x, weight, bias, *experts, **options)
-        if self.record_routing or fisher is not None:
-            self._routed = (result.logits, result.experts, token_mask)
-        return result.out
+            return None
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, weight, bias
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def set_aux_loss(
         self, load_balance_coef: float | None = None, z_loss_coef: float | None = None

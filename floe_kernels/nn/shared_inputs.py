@@ -252,26 +252,13 @@ class _Group:
         return (*modes, *(None if t.is_inference() else t._version for t in (x, *tensors)))
 
     def _compute(self, x: Tensor, mask: Tensor | None) -> list[MoELoRAOutput]:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        linears = []
+        linears, narrow = [], x
         for layer in self.members:
-            weight: Any = linear_weight(layer.base_layer)
-            bias = layer.bias
-            drop = layer.lora_dropout if layer.training else 0.0
-            has_aux = bool(layer.load_balance_coef or layer.z_loss_coef)
-            linears.append(
-                ExpertLinear(
-                    weight.to(dtype) if autocast else weight,
-                    bias.to(dtype) if autocast and bias is not None else bias,
-                    layer.lora_A, layer.lora_B, layer.router.weight, layer.ranks, layer.top_k,
-                    layer.scaling, layer.shared_A, None, drop,
-                    # drawn layer by layer from torch's generator, as the layers alone draw it
-                    torch.randint(2**63 - 1, (), device=x.device) if drop else None,
-                    layer.aux_coefs if has_aux else None,
-                )
-            )  # fmt: skip
-        return moe_lora_shared_linear(x.to(dtype), linears, token_mask=mask)
+            # options in the order of the members: each draws its seed as it would alone
+            narrow, weight, bias = layer.call_linear(x)  # None never: may_serve has looked
+            experts = (layer.lora_A, layer.lora_B, layer.router.weight)
+            linears.append(ExpertLinear(weight, bias, *experts, **layer.call_options(x)))
+        return moe_lora_shared_linear(narrow, linears, token_mask=mask)
 
 
 def _known_groups(modules: dict[str, nn.Module], refused: dict[str, str]) -> list[tuple[str, ...]]:
