@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("name", help=f"{', '.join(config.names())}, report or list")
     parser.add_argument("--data", type=Path, help="folder of the question files")
+    parser.add_argument("--only", metavar="LABEL", help="one data set, as two processes share work")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no run that ends later")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's")
     parser.add_argument("--results", type=Path, default=records.ROOT / RESULTS)
@@ -49,6 +50,8 @@ def _run(given: argparse.Namespace) -> int:
     from floe_kernels.pipeline import files
 
     chosen = config.load(given.name, given.configs)
+    if given.only:
+        chosen = chosen.only(given.only)
     files.check_writable(given.work)
     with files.lock(given.work):
         stage = Stage(chosen, given.data, given.work, given.threads)
@@ -61,12 +64,11 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _list(given: argparse.Namespace) -> None:
-    from benchmarks.evidence.report import lines_of
-    from benchmarks.evidence.runner import pending
+    from benchmarks.evidence.runner import lines_of, pending
 
     for name in config.names() if given.configs == config.FOLDER else []:
         chosen = config.load(name, given.configs)
-        left = len(pending(chosen, lines_of(given.results, name)))
+        left = len(pending(chosen, lines_of(given.results / f"{name}.jsonl")))
         _say(f"{name}: {left} of {len(chosen.runs())} runs to do. {chosen.title}")
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ class Config:
         draw_seed: Of the data: training samples and questions are the same in every run.
         sizes: Numbers of samples whose rankings are compared, of a stability experiment.
         draws: Of the comparisons at every size.
+        answers: Whether questions are answered, too; their held-out loss is always taken.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Config:
     draw_seed: int = 0
     sizes: tuple[int, ...] = ()
     draws: int = 50
+    answers: bool = True
     rank_grid: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, data: Data, **more: Any) -> Options:
@@ -94,6 +96,8 @@ class Config:
         """Return a checksum of what the numbers of a run depend on beside method and seed."""
         kept = {k: v for k, v in self.options.items() if k not in ("threads", "cache")}
         facts = [kept, vars(data), self.questions, self.draw_seed, list(self.sizes)]
+        if not self.answers:
+            facts.append("no answers")
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def runs(self) -> list[Key]:
@@ -108,6 +112,17 @@ class Config:
     def data(self, label: str) -> Data:
         """Return the data set called ``label``."""
         return next(data for data in self.datasets if data.label == label)
+
+    def only(self, label: str) -> "Config":
+        """Return the experiment on one data set.
+
+        Raises:
+            ValueError: It has no such data set.
+        """
+        labels = [data.label for data in self.datasets]
+        if label not in labels:
+            raise ValueError(f"--only must be one of {', '.join(labels)}, got {label!r}")
+        return replace(self, datasets=(self.data(label),))
 
 
 def names() -> list[str]:

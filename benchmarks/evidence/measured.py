@@ -1,5 +1,6 @@
 """Fisher information of the layers: each record is taken once a data set and seed, and kept."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from benchmarks.evidence.stage import Stage
 from floe_kernels.allocation import floe, uniform
 from floe_kernels.integrations.transformers import apply_plan, remove_adapters
+from floe_kernels.pipeline import files
 from floe_kernels.pipeline.encoding import IGNORE, Samples, draw
 from floe_kernels.pipeline.evaluation import to_device
 from floe_kernels.pipeline.training import Recipe, train
@@ -18,6 +20,8 @@ from floe_kernels.scores.record import FisherRecord
 
 COLD = ("init", "base")
 """Variants that are read before any training; the others need a warm-up."""
+PER_SAMPLE = {"cold": ("init", "base"), "warm": ("gate", "param_sum")}
+"""Variants whose score is a mean over samples, by what they are read off."""
 
 
 def record(
@@ -92,30 +96,47 @@ def gradients(stage: Stage, label: str, seed: int, aggregate: str = "layer") -> 
 def per_sample(stage: Stage, label: str, seed: int, variant: str) -> list[dict[str, float]]:
     """Score the layers on every sample alone, of as many as the largest size needs twice.
 
+    What is read off the same adapters is measured once, and kept.
+
     Args:
         stage: The model and its data.
         label: Of the data set.
         seed: Of adapters, samples and warm-up.
-        variant: One of ``floe_kernels.scores.fisher.VARIANTS``, without ``taylor1``, whose score
-            is not a mean over samples.
+        variant: One of ``PER_SAMPLE``.
     """
+    kind = "cold" if variant in COLD else "warm"
+    if variant not in PER_SAMPLE[kind]:
+        raise ValueError(f"samples one by one have {PER_SAMPLE}, got {variant!r}")
+    most = 2 * max(stage.config.sizes)
+    path = stage.folder(label) / f"samples-{kind}-{most}.{seed}.json"
+    if not path.exists():
+        found = _one_by_one(stage, label, seed, kind, most)
+        files.write_text(path, json.dumps(found))
+    rows: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))[variant]
+    return rows
+
+
+def _one_by_one(
+    stage: Stage, label: str, seed: int, kind: str, most: int
+) -> dict[str, list[dict[str, float]]]:
     options, model, dataset = stage.options(label), stage.loaded.model, stage.task(label).dataset
-    samples = draw(dataset.train, 2 * max(stage.config.sizes), seed, "scores")
+    samples = draw(dataset.train, most, seed, "scores")
     keywords = {"experts": options.experts, **options.adapter(options.rank)}
     torch.manual_seed(seed)
     apply_plan(model, uniform(stage.modules, **keywords))
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in PER_SAMPLE[kind]}
     try:
-        if variant not in COLD:
-            steps = options.warm_up_steps
-            recipe = Recipe.of(options, steps, schedule="constant", seed=seed)
+        if kind == "warm":
+            recipe = Recipe.of(options, options.warm_up_steps, schedule="constant", seed=seed)
             train(model, dataset.train, recipe, pad=dataset.pad)
-        frozen = block_linears(model) if variant == "base" else ()
-        return [
-            read_variant(collect(model, [batch], frozen=frozen), variant)
-            for batch in _batches(stage, samples, 1, dataset.pad)
-        ]
+        frozen = block_linears(model) if "base" in found else ()
+        for batch in _batches(stage, samples, 1, dataset.pad):
+            seen = collect(model, [batch], frozen=frozen)
+            for variant, rows in found.items():
+                rows.append(read_variant(seen, variant))
     finally:
         remove_adapters(model)
+    return found
 
 
 def collect_as(model: Any, batches: Iterator[Mapping[str, Tensor]], what: str) -> FisherRecord:

@@ -9,10 +9,9 @@ from typing import Any
 from benchmarks.evidence import config, plots, tables
 from benchmarks.evidence.config import Config
 from benchmarks.evidence.regret import mean_regrets
-from benchmarks.evidence.runner import RUN
+from benchmarks.evidence.runner import lines_of
 from benchmarks.evidence.tables import ALL, RANDOM, Lines
 from benchmarks.report import markdown
-from floe_kernels.pipeline.history import History
 
 ORDER = ("layers", "rules", "experts", "rank", "definition", "stability")
 COMPARED = (ALL, *RANDOM, "floe:init")
@@ -33,12 +32,6 @@ questions. The best random draw is the best in hindsight, which favours it.
 """
 
 
-def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
-    """Return an experiment's lines; none where it has no file."""
-    path = results / f"{name}.jsonl"
-    return History(path, mend=False).of(RUN) if path.exists() else []
-
-
 def write(configs: Path, results: Path, out: Path) -> list[Path]:
     """Write the report and its plots.
 
@@ -52,7 +45,7 @@ def write(configs: Path, results: Path, out: Path) -> list[Path]:
     """
     names = [path.stem for path in configs.glob("*.toml")]
     names.sort(key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    everything = {name: lines_of(results, name) for name in names}
+    everything = {name: lines_of(results / f"{name}.jsonl") for name in names}
     parts, written = [HEAD], []
     for name in names:
         chosen = config.load(name, configs)

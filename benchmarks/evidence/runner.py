@@ -1,9 +1,11 @@
 """One line a finished run: what the results file holds already is not done again."""
 
+import hashlib
+import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from floe_kernels.integrations.transformers import load_adapter, remove_adapters
 from floe_kernels.pipeline.history import History
 
 RUN = "run"
+LEARNED = ("loss", "tokens", "steps", "train_loss", "seconds_per_step", "peak_bytes")
+TRAINED = (
+    *LEARNED, "accuracy", "accuracy_by_token", "parameters", "seconds", "questions", "batch_size",
+    "peak_method",
+)  # fmt: skip
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Return the runs in a file of lines; none where there is no file."""
+    return History(path, mend=False).of(RUN) if path.exists() else []
 
 
 def pending(config: Config, lines: list[dict[str, Any]]) -> list[Key]:
@@ -55,6 +67,7 @@ def run_all(
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     history = History(results)
+    known = [line for path in sorted(results.parent.glob("*.jsonl")) for line in lines_of(path)]
     todo, began = pending(stage.config, history.of(RUN)), clock()
     earlier = [
         line["wall_seconds"] for line in history.of(RUN) if line["machine"] == machine(stage)
@@ -67,13 +80,14 @@ def run_all(
             say(f"the time is up; {len(todo) - number} runs are left")
             return len(todo) - number
         start = clock()
-        found = do(stage, key)
+        found = do(stage, key, known)
         walls.append(clock() - start)
         device = stage.loaded.device.type
         history.add(RUN, **records.complete(
             {"experiment": stage.config.name, **key._asdict(), **found,
              "wall_seconds": round(walls[-1], 2)}, device,
         ))  # fmt: skip
+        known.append(history.lines[-1])
         shutil.rmtree(stage.folder(key.dataset) / folder_of(key), ignore_errors=True)
         left = statistics.fmean(walls) * (len(todo) - number - 1) / 60
         say(
@@ -82,15 +96,30 @@ def run_all(
     return 0
 
 
-def do(stage: Stage, key: Key) -> dict[str, Any]:
-    """Do one run and return what its line says."""
+def do(stage: Stage, key: Key, known: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Do one run and return what its line says.
+
+    A plan that another method came to as well is not trained twice: it would give the same bits.
+    The line then names that method.
+
+    Args:
+        stage: The experiment.
+        key: Of the run.
+        known: Lines of this experiment and of others.
+    """
     family, _, argument = key.method.partition(":")
     if family == "stability":
         rows = measured.per_sample(stage, key.dataset, key.seed, argument)
         return {**_agreements(stage, rows, key.seed), "scores": rounded(_mean(rows))}
     base = stage.base(key.dataset)
     plan, scores = choose(stage, key)
-    return {**base, **train(stage, key, plan), **placed(stage, plan), "scores": rounded(scores)}
+    where = {**placed(stage, plan), "plan": checksum(plan), "scores": rounded(scores)}
+    same = (key.dataset, key.seed, key.setting, where["plan"])
+    for line in known:
+        if (line["dataset"], line["seed"], line["setting"], line.get("plan")) == same:
+            trained = {name: line[name] for name in TRAINED}
+            return {**base, **trained, **where, "trained_as": line["method"]}
+    return {**base, **train(stage, key, plan), **where}
 
 
 def train(stage: Stage, key: Key, plan: Plan) -> dict[str, Any]:
@@ -106,13 +135,19 @@ def train(stage: Stage, key: Key, plan: Plan) -> dict[str, Any]:
                 remove_adapters(stage.loaded.model)
         answers = bench.run.state["answers"]
         seconds = sum(line["seconds"] for line in bench.run.history.of("step", run="it"))
-    names = ("loss", "tokens", "steps", "train_loss", "seconds_per_step", "peak_bytes")
     return {
-        **{name: trained[name] for name in names}, **answers,
+        **{name: trained[name] for name in LEARNED}, **answers,
         "parameters": plan.parameters(), "seconds": round(seconds, 2),
         "questions": len(stage.task(key.dataset).questions),
         "batch_size": bench.options.batch_size, "peak_method": trained["peak_method"],
     }  # fmt: skip
+
+
+def checksum(plan: Plan) -> str:
+    """Return what tells plans apart that train differently on one model."""
+    facts = [plan.lora_alpha, plan.lora_dropout, plan.shared_A, plan.use_rslora]
+    members = {name: vars(placement) for name, placement in plan.placements.items()}
+    return hashlib.sha256(json.dumps([facts, members]).encode()).hexdigest()[:12]
 
 
 def placed(stage: Stage, plan: Plan) -> dict[str, Any]:

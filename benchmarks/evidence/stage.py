@@ -86,12 +86,12 @@ class Stage:
             }}  # fmt: skip
 
     def answers(self, label: str) -> dict[str, float | None]:
-        """Let the model as it stands answer the held-out questions; nothing where there are none.
+        """Let the model as it stands answer the held-out questions, if there are any to answer.
 
         Args:
             label: Of the data set.
         """
-        questions = self.task(label).questions
+        questions = self.task(label).questions if self.config.answers else []
         if not questions:
             return {"accuracy": None, "accuracy_by_token": None}
         likelihoods = option_log_likelihoods(

@@ -175,11 +175,11 @@ def test_a_killed_experiment_goes_on_without_repeating_a_line(folder, write, mon
     results = folder / "killed.jsonl"
     real, calls = runner.do, []
 
-    def killed(stage, key):
+    def killed(stage, key, known):
         calls.append(key)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(stage, key)
+        return real(stage, key, known)
 
     monkeypatch.setattr(runner, "do", killed)
     stage = Stage(chosen, folder, folder / "work")
@@ -215,11 +215,41 @@ def test_a_line_tells_the_whole_run(folder, write):
         assert line[name]
 
 
+def test_a_plan_is_trained_once_whoever_comes_to_it(folder, write, monkeypatch):
+    out = folder / "same"
+    given = ["--configs", folder, "--data", folder, "--work", folder / "work3", "--results", out]
+    write("first", ["floe:init", "position:first"])
+    write("second", ["definition:sequence", "position:last"])
+    assert command.main([str(part) for part in ("first", *given)]) == 0
+    real, trained = runner.train, []
+    monkeypatch.setattr(
+        runner, "train", lambda stage, key, plan: trained.append(key) or real(stage, key, plan)
+    )
+    assert command.main([str(part) for part in ("second", *given)]) == 0
+    again = {(line["method"], line["seed"]): line for line in lines(out / "second.jsonl")}
+    first = {(line["method"], line["seed"]): line for line in lines(out / "first.jsonl")}
+    for seed in (0, 1):
+        line, earlier = again["definition:sequence", seed], first["floe:init", seed]
+        assert line["trained_as"] == "floe:init"
+        assert all(line[name] == earlier[name] for name in ("loss", "layers", "seconds", "scores"))
+        assert "trained_as" not in again["position:last", seed]
+    assert {key.method for key in trained} <= {"position:last"}
+
+
+def test_one_data_set_can_be_done_alone(folder, write, capsys):
+    chosen = write("alone", ["all"])
+    label = chosen.datasets[-1].label
+    assert {key.dataset for key in chosen.only(label).runs()} == {label}
+    assert set(chosen.only(label).runs()) <= set(chosen.runs())
+    with pytest.raises(ValueError, match="--only must be one of"):
+        chosen.only("nothing")
+
+
 def test_no_run_starts_that_would_end_too_late(folder, write, monkeypatch):
     chosen = write("late", ["all", "random:0"])
     now = [0.0]
 
-    def do(stage, key):
+    def do(stage, key, known):
         now[0] += 50
         return {"loss": 1.0, "base_loss": 2.0, "accuracy": None}
 

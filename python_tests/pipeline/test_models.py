@@ -21,6 +21,12 @@ def test_a_folder_is_loaded_frozen_and_in_the_dtype(model_folder):
     assert loaded.note == ""
 
 
+@pytest.mark.parametrize(("length", "attention"), [(128, "eager"), (129, "sdpa")])
+def test_short_samples_get_plain_attention_on_a_cpu(model_folder, length, attention):
+    options = Options(model=str(model_folder), device="cpu", length=length)
+    assert load_model(options).model.config._attn_implementation == attention
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
