@@ -1,5 +1,6 @@
 """Which commands there are, and how all of them fail."""
 
+import os
 import signal
 import threading
 import traceback
@@ -62,10 +63,10 @@ def _run(rest: list[str], debug: bool) -> int:
     except AskedWrongly as error:
         return _fail(str(error), 2, debug)
     except (ValueError, ArithmeticError, ImportError, OSError) as error:
-        return _fail(sentence(error), 1, debug)
+        return _fail(no_cache(error) or sentence(error), 1, debug)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _fail(f"unexpected {what} (--debug shows where)", 1, debug)
+        return _fail(no_cache(error) or f"unexpected {what} (--debug shows where)", 1, debug)
 
 
 def sentence(error: BaseException) -> str:
@@ -79,6 +80,34 @@ def sentence(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__
+
+
+def no_cache(error: Exception) -> str | None:
+    """Say that torch has no place for its compiler's cache, if that is what an error comes from.
+
+    torch makes the folder when its compiler is imported, which transformers does and tries again
+    where it failed; what arrives here is then an AssertionError about the second attempt.
+
+    Args:
+        error: What a command ended with.
+
+    Returns:
+        One sentence, or None if the folder can be made or the error is of another file.
+    """
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        cache_dir()
+    except OSError as why:
+        if isinstance(error, OSError) and error.filename != why.filename:
+            return None
+        return (
+            f"torch cannot make its cache folder {os.environ['TORCHINDUCTOR_CACHE_DIR']} "
+            f"({sentence(why)}): set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        )
+    except ImportError:  # another torch keeps the function elsewhere
+        pass
+    return None
 
 
 def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
