@@ -24,11 +24,11 @@ file in `benchmarks/evidence/`; `python -m benchmarks.evidence NAME --data FOLDE
 runs.
 
 Loss is held out, in nats a token of the answers (of all tokens for stdlib). An answer is right if
-its words are likeliest of the question's options, by the sum of their tokens' log-likelihoods. Gain
-retained is (base - method) / (base - all layers), seed by seed. Brackets are Student's 95 %
-intervals over seeds, which draw adapters, the order of the data and the samples of the scores; the
-training data and the questions are the same throughout, so the brackets say nothing about other
-questions. The best random draw is the best in hindsight, which favours it.
+its words are likeliest of the question's options, by the sum of their tokens' log-likelihoods or,
+by token, by their mean. Gain retained is (base - method) / (base - all layers), seed by seed.
+Brackets are Student's 95 % intervals over seeds, which draw adapters, the order of the data and the
+samples of the scores; the training data and the questions are the same throughout, so the brackets
+say nothing about other questions. The best random draw is the best in hindsight, which favours it.
 """
 
 

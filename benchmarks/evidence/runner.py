@@ -22,8 +22,8 @@ from floe_kernels.pipeline.history import History
 RUN = "run"
 LEARNED = ("loss", "tokens", "steps", "train_loss", "seconds_per_step", "peak_bytes")
 TRAINED = (
-    *LEARNED, "accuracy", "accuracy_by_token", "parameters", "seconds", "questions", "batch_size",
-    "peak_method",
+    *LEARNED, "accuracy", "accuracy_by_token", "cpu_seconds", "parameters", "seconds", "questions",
+    "batch_size", "peak_method",
 )  # fmt: skip
 
 
@@ -117,13 +117,19 @@ def do(stage: Stage, key: Key, known: Iterable[Mapping[str, Any]] = ()) -> dict[
     same = (key.dataset, key.seed, key.setting, where["plan"])
     for line in known:
         if (line["dataset"], line["seed"], line["setting"], line.get("plan")) == same:
-            trained = {name: line[name] for name in TRAINED}
+            trained = {name: line.get(name) for name in TRAINED}
             return {**base, **trained, **where, "trained_as": line["method"]}
     return {**base, **train(stage, key, plan), **where}
 
 
 def train(stage: Stage, key: Key, plan: Plan) -> dict[str, Any]:
-    """Train a plan's adapters from the start, evaluate them and let them answer."""
+    """Train a plan's adapters from the start, evaluate them and let them answer.
+
+    Processor seconds, unlike those of a clock, do not mind what else the machine does; a run that
+    was taken up again has none.
+    """
+    fresh = not (stage.folder(key.dataset) / folder_of(key)).exists()
+    start = time.process_time()
     with stage.bench(key.dataset, folder_of(key), key.seed) as bench:
         bench.train("it", plan, title=describe(key), seed=key.seed)
         trained = bench.run.state["trained"]["it"]
@@ -137,6 +143,7 @@ def train(stage: Stage, key: Key, plan: Plan) -> dict[str, Any]:
         seconds = sum(line["seconds"] for line in bench.run.history.of("step", run="it"))
     return {
         **{name: trained[name] for name in LEARNED}, **answers,
+        "cpu_seconds": round(time.process_time() - start, 2) if fresh else None,
         "parameters": plan.parameters(), "seconds": round(seconds, 2),
         "questions": len(stage.task(key.dataset).questions),
         "batch_size": bench.options.batch_size, "peak_method": trained["peak_method"],

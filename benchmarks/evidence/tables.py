@@ -73,16 +73,17 @@ def training_table(lines: Lines) -> str:
                 t_interval([line["loss"] for line in mine]).text(4),
                 t_interval(shares).text() if shares else "",
                 below.text(4) if below else "",
-                _accuracy(mine),
+                _accuracy(mine, "accuracy"),
+                _accuracy(mine, "accuracy_by_token"),
                 _layers(mine),
                 f"{_mean(mine, 'parameters') / 1e6:.2f}",
-                f"{_mean(mine, 'seconds'):.0f}",
+                _seconds(mine),
                 f"{max((line['peak_bytes'] or 0) for line in mine) / 1e9:.2f}",
             ],
         ))  # fmt: skip
     header = (
         "method", "seeds", "held-out loss", "gain retained", "below best random", "accuracy, %",
-        "layers", "million trained", "training s", "peak GB",
+        "by token, %", "layers", "million trained", "CPU s", "peak GB",
     )  # fmt: skip
     return markdown(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
@@ -230,8 +231,13 @@ def _mean(lines: Lines, name: str) -> float:
     return statistics.fmean(line[name] for line in lines)
 
 
-def _accuracy(lines: Lines) -> str:
-    values = [100 * value for value in means_by(lines, "accuracy").values()]
+def _seconds(lines: Lines) -> str:
+    found = means_by(lines, "cpu_seconds").values()
+    return f"{statistics.fmean(found):.0f}" if found else ""
+
+
+def _accuracy(lines: Lines, name: str) -> str:
+    values = [100 * value for value in means_by(lines, name).values()]
     return t_interval(values).text(1) if values else ""
 
 
