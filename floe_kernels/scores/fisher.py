@@ -80,6 +80,7 @@ def fisher(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     frozen = block_linears(model) if variant == "base" else ()
+    options = {"keep_gates": variant not in SQUARES, **options}
     record = collect(model, batches, progress=progress, frozen=frozen, **options)
     return read_variant(record, variant, aggregate)
 

@@ -24,11 +24,11 @@ class FisherRecord:
 
     Attributes:
         sums: ``module.parameter`` to the sum of squares: shaped like the parameter, ``(rows,)`` or
-            ``()`` by granularity; float32 or float64.
+            ``()`` by granularity; float64.
         sizes: ``module.parameter`` to its number of elements.
         hits: Module to ``(E,)`` int64, samples of which at least one token reached the expert.
         gates: ``(samples, modules)``: d loss_i / d gate of each adapted module, in ``modules``'
-            order, not squared.
+            order, not squared; no rows where they were not kept.
         modules: The adapted modules, in model order.
         counts: ``samples``, ``samples_with_loss``, ``tokens``, ``skipped`` (non-finite) steps.
         meta: The definition: kind, unit, per_sample, granularity, loss_reduction.
@@ -117,18 +117,28 @@ class FisherRecord:
             The names, and ``(samples, len(names))`` float64. Skipped steps have no rows.
 
         Raises:
-            ValueError: ``aggregate`` is neither.
+            ValueError: ``aggregate`` is neither, or the collector did not keep them.
         """
         if aggregate not in ("layer", "module"):
             raise ValueError(f"aggregate must be 'layer' or 'module', got {aggregate!r}")
+        if self.modules and not self.has_gates:
+            raise ValueError(
+                f"gate gradients need FisherCollector(keep_gates=True), got {len(self.gates)} rows "
+                f"for {self.counts['samples']} samples"
+            )
         owners = [layer_of(m) if aggregate == "layer" else m for m in self.modules]
         names = list(dict.fromkeys(owners))
         columns = torch.tensor([names.index(owner) for owner in owners], dtype=torch.int64)
         out = self.gates.new_zeros(len(self.gates), len(names), dtype=torch.float64)
         return names, out.index_add(1, columns.to(out.device), self.gates.double())
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether every sample's gate gradients were kept."""
+        return len(self.gates) == self.counts["samples"]
+
     def merge(self, other: "FisherRecord") -> "FisherRecord":
-        """Return the record of both runs' samples.
+        """Return the record of both runs' samples, gate gradients if both kept theirs.
 
         Raises:
             ValueError: The two were defined differently, or measured other parameters.
@@ -141,11 +151,12 @@ class FisherRecord:
                 )
         if self.sizes != other.sizes or self.modules != other.modules:
             raise ValueError("only scores of the same parameters can be merged, got other names")
+        gates = torch.cat([self.gates, other.gates.to(self.gates)])
         return FisherRecord(
             {k: v + other.sums[k].to(v) for k, v in self.sums.items()},
             self.sizes,
             {k: v + other.hits[k].to(v) for k, v in self.hits.items()},
-            torch.cat([self.gates, other.gates.to(self.gates)]),
+            gates if self.has_gates and other.has_gates else gates[:0],
             self.modules,
             {k: self.counts[k] + other.counts[k] for k in COUNTS},
             self.meta,

@@ -67,6 +67,7 @@ def sensitivity(
     done = 0
     if layers_at_once is not None:
         batches = list(batches)
+    options = {"keep_gates": False, **options}
     for window in _windows(names, layers_at_once):
 
         def report(count: int, before: int = done) -> None:
@@ -125,7 +126,7 @@ def sample_sensitivity(
         [['layers.0', 'layers.1', 'layers.2'], ['layers.0', 'layers.1', 'layers.2']]
     """
     names = _linears(model, modules)
-    rows = []
+    rows, options = [], {"keep_gates": False, **options}
     for sample in one_by_one(batches):
         record = collect(model, [sample], frozen=names, **options)
         rows.append(record.read(aggregate=aggregate, how=how, parameters=("weight",)))
