@@ -90,6 +90,8 @@ def choose(stage: Stage, key: Key) -> Choice:
     ``rule:NAME``           one of ``RULES``
     ``budget:METHOD``       of ``floe compare``, at one number of parameters; ``random/N``: draw N
     ``rank:A-B``            all layers, of rank A in the lower half and B in the upper
+    ``experts:N``           all layers, N experts; 1 is plain LoRA
+    ``kinds:A+B``           all layers, but only the linears called A or B
     ======================  ==============================================================
 
     Args:
@@ -153,6 +155,20 @@ def _rank(ask: Ask) -> Choice:
     options = ask.stage.options(ask.label)
     adapter = options.adapter(ranks_by_depth(config, ask.stage.modules))
     return Choice(uniform(ask.stage.modules, experts=options.experts, **adapter), {})
+
+
+def _experts(ask: Ask) -> Choice:
+    options = ask.stage.options(ask.label)
+    adapter = options.adapter(options.rank)
+    return Choice(uniform(ask.stage.modules, experts=int(ask.argument), **adapter), {})
+
+
+def _kinds(ask: Ask) -> Choice:
+    called = {name: name.rpartition(".")[2] for name in ask.stage.modules}
+    kinds = ask.argument.split("+")
+    if unknown := sorted(set(kinds) - set(called.values())):
+        raise ValueError(f"kinds must be of {sorted(set(called.values()))}, got {unknown}")
+    return Choice(ask.these([n for n, kind in called.items() if kind in kinds], ask.argument), {})
 
 
 def _budget(ask: Ask) -> Choice:
@@ -249,4 +265,6 @@ FAMILIES: dict[str, Callable[[Ask], Choice]] = {
     "rule": _rule,
     "budget": _budget,
     "rank": _rank,
+    "experts": _experts,
+    "kinds": _kinds,
 }

@@ -162,6 +162,23 @@ def config_options(stage, label, **more):
     return stage.config.settings(stage.config.data(label), **{**more, "batch_size": 1})
 
 
+def test_a_control_in_every_layer_takes_fewer_of_everything(stage):
+    def plan(method):
+        return choose(stage, config.Key("sums", method, 0, "")).plan
+
+    whole = plan("all")
+    single = plan("experts:1").placements
+    assert list(single) == list(whole.placements)
+    assert {placement.experts for placement in single.values()} == {1}
+    some = plan("kinds:v_proj+o_proj").placements
+    assert list(some) == [n for n in whole.placements if n.endswith(("v_proj", "o_proj"))]
+    assert {placement.ranks for placement in some.values()} == {
+        placement.ranks for placement in whole.placements.values()
+    }
+    with pytest.raises(ValueError, match="kinds must be of"):
+        plan("kinds:v_proj+nothing")
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_keeps_to_the_parameters_of_the_layers(stage, name):
     plan = choose(stage, config.Key("sums", f"rule:{name}", 0, "")).plan
