@@ -66,7 +66,10 @@ def cases(draw, triton=False):
         ranks = tuple(draw(st.lists(rank, min_size=experts, max_size=experts)))
     dtypes = [d for d in DTYPES if not (triton and FP64 in d)]
     dtype, weight_dtype = draw(st.sampled_from(dtypes))
-    foreign = draw(st.integers(0, 3)) == 0
+    base_dtype = None
+    if draw(st.integers(0, 3)) == 0:
+        others = [FP32, BF16, FP16] if triton else [FP32, BF16, FP16, FP64]
+        base_dtype = draw(st.sampled_from([dtype] * len(others) + others))
     top_k = draw(st.sampled_from([1, 2, min(3, experts), experts]))
     top_k = min(top_k, experts)
     plain = draw(st.integers(0, 2)) > 0
@@ -82,7 +85,7 @@ def cases(draw, triton=False):
         top_k=top_k,
         dtype=dtype,
         weight_dtype=weight_dtype,
-        base_dtype=dtype if foreign else None,
+        base_dtype=base_dtype,
         shared_A=shared_A,
         renormalize=draw(st.sampled_from([top_k > 1, top_k > 1, True, False])),
         masked=draw(st.sampled_from([None, None, 0.0, 0.3, 1.0])),
