@@ -23,7 +23,8 @@ const GradSquareKernels* grad_square_tables::default_isa(Dtype dtype) {
 const GradSquareKernels& grad_square_kernels(Dtype dtype, Isa isa) {
   const GradSquareKernels* found = nullptr;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa >= kAvx512Bf16) found = grad_square_tables::avx512_bf16(dtype);
+  if (isa >= kAmx) found = grad_square_tables::amx(dtype);
+  if (!found && isa >= kAvx512Bf16) found = grad_square_tables::avx512_bf16(dtype);
   if (!found && isa >= kAvx512) found = grad_square_tables::avx512(dtype);
   if (!found && isa >= kAvx2) found = grad_square_tables::avx2(dtype);
 #endif

@@ -53,6 +53,7 @@ const GradSquareKernels* default_isa(Dtype dtype);
 const GradSquareKernels* avx2(Dtype dtype);
 const GradSquareKernels* avx512(Dtype dtype);
 const GradSquareKernels* avx512_bf16(Dtype dtype);
+const GradSquareKernels* amx(Dtype dtype);
 }  // namespace grad_square_tables
 
 }  // namespace floe::cpu

@@ -43,7 +43,9 @@ uint64_t xcr0() {
   return uint64_t{high} << 32 | low;
 }
 
-// Linux gives a process the 8 KiB of tile state only if it asks.
+// Linux gives a process the 8 KiB of tile state only if it asks, and not where a thread has an
+// alternate signal stack that is too small for them. The permission is the process's, so that it
+// does not matter which threads exist already; a child inherits it, and exec takes it away.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -53,8 +55,8 @@ bool may_use_tiles() {
 #endif
 }
 
-Isa detect() {
-  const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
+Isa detect_vectors() {
+  const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
   const bool os_saves = has(one.ecx, {27});  // OSXSAVE: xgetbv exists
   const uint64_t saved = os_saves ? xcr0() : 0;
 
@@ -65,27 +67,42 @@ Isa detect() {
   const bool avx512 = has(saved, {5, 6, 7})                 // opmask, zmm0-15, zmm16-31
                       && has(seven.ebx, {16, 17, 30, 31});  // F, DQ, BW, VL
   if (!avx512) return kAvx2;
-  if (!has(seven_one.eax, {5})) return kAvx512;
-  const bool amx = has(saved, {17, 18})              // tile configuration, tile data
-                   && has(seven.edx, {22, 24, 25});  // BF16, TILE, INT8
-  return amx && may_use_tiles() ? kAmx : kAvx512Bf16;
+  return has(cpuid(7, 1).eax, {5}) ? kAvx512Bf16 : kAvx512;
+}
+
+// Where the vectors are AVX-512's.
+bool detect_tiles() {
+  if (!has(xcr0(), {17, 18}) || !has(cpuid(7, 0).edx, {22, 24, 25})) {
+    return false;  // tile configuration and data; BF16, TILE, INT8
+  }
+  // palette 1 as the kernels know it: eight registers of 16 rows of 64 bytes
+  const Registers palette = cpuid(0x1d, 1);
+  return palette.ebx >> 16 >= 8 && (palette.ebx & 0xffff) >= 64 && (palette.ecx & 0xffff) >= 16 &&
+         may_use_tiles();
 }
 
 #else
 
-Isa detect() { return kDefault; }
+Isa detect_vectors() { return kDefault; }
+
+bool detect_tiles() { return false; }
 
 #endif
 
 std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> choice{best_isa()};
+  static std::atomic<Isa> choice{automatic_isa()};
   return choice;
 }
 
 }  // namespace
 
 Isa best_isa() noexcept {
-  static const Isa best = detect();
+  static const Isa best = automatic_isa() == kAvx512Bf16 && detect_tiles() ? kAmx : automatic_isa();
+  return best;
+}
+
+Isa automatic_isa() noexcept {
+  static const Isa best = detect_vectors();
   return best;
 }
 

@@ -19,10 +19,16 @@ enum Isa : int {
 
 inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
-// The best that this CPU has and its operating system lets us use. Found once.
+// The best that this CPU has and its operating system lets us use. Found once. Where there are
+// tiles the first call asks Linux for them: from then on every thread of the process may use them,
+// those that ran before as well, and signal handlers need 8 KiB more of their stacks.
 Isa best_isa() noexcept;
 
-// The one in use: best_isa(), until set_isa() lowers it.
+// The best that is used without being asked for: kAmx is not, since its kernels are compiled and
+// emulated, but have not run on a CPU that has it. Asks Linux for nothing.
+Isa automatic_isa() noexcept;
+
+// The one in use: automatic_isa(), until set_isa() chooses another.
 Isa isa() noexcept;
 
 // The caller promises wanted <= best_isa(); an operator call under way may finish on the old one.

@@ -23,7 +23,8 @@ const Kernels* tables::default_isa(Dtype x) {
 const Kernels& moe_lora_kernels(Dtype x, Isa isa) {
   const Kernels* found = nullptr;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa >= kAvx512Bf16) found = tables::avx512_bf16(x);
+  if (isa >= kAmx) found = tables::amx(x);
+  if (!found && isa >= kAvx512Bf16) found = tables::avx512_bf16(x);
   if (!found && isa >= kAvx512) found = tables::avx512(x);
   if (!found && isa >= kAvx2) found = tables::avx2(x);
 #endif

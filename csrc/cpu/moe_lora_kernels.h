@@ -149,6 +149,7 @@ const Kernels* default_isa(Dtype x);
 const Kernels* avx2(Dtype x);
 const Kernels* avx512(Dtype x);
 const Kernels* avx512_bf16(Dtype x);
+const Kernels* amx(Dtype x);
 }  // namespace tables
 
 }  // namespace floe::cpu

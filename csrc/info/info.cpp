@@ -7,6 +7,7 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -39,16 +40,20 @@ const cpu::IsaTable& table() {
 
 std::string cpu_isa() { return cpu::kIsaNames[table().get()]; }
 
+std::vector<std::string> cpu_isas() {
+  return {std::begin(cpu::kIsaNames), std::begin(cpu::kIsaNames) + table().best() + 1};
+}
+
 void set_cpu_isa(const std::string& name) {
-  const auto first = std::begin(cpu::kIsaNames), last = first + table().best() + 1;
-  const auto wanted = std::find(first, last, name);
-  if (wanted == last) {
-    std::string available = *first;
-    for (auto it = first + 1; it != last; ++it) available += std::string(", ") + *it;
+  const std::vector<std::string> names = cpu_isas();
+  const auto wanted = std::find(names.begin(), names.end(), name);
+  if (wanted == names.end()) {
+    std::string available = names[0];
+    for (std::size_t i = 1; i < names.size(); ++i) available += ", " + names[i];
     throw py::value_error("name must be one of those of this CPU (" + available + "), got '" +
                           name + "'");
   }
-  table().set(static_cast<cpu::Isa>(wanted - first));
+  table().set(static_cast<cpu::Isa>(wanted - names.begin()));
 }
 
 }  // namespace
@@ -58,6 +63,7 @@ PYBIND11_MODULE(_info, m) {
   m.doc() = "How this build was made, and which instruction set its kernels use.";
   m.def("build_info", &floe::build_info, "Return version, build, compiler, flags and standard.");
   m.def("cpu_isa", &floe::cpu_isa, "Return the name of the instruction set in use.");
+  m.def("cpu_isas", &floe::cpu_isas, "Return the names of this CPU's instruction sets.");
   m.def("set_cpu_isa", &floe::set_cpu_isa, py::arg("name"),
         "Use another instruction set of this CPU, in every operator call from now on.");
 }

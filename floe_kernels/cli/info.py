@@ -57,7 +57,21 @@ def build_facts() -> list[tuple[str, str]]:
     except ModuleNotFoundError:
         return facts
     facts += [(f"  {name}", value) for name, value in module.build_info().items()]
-    return [*facts, ("CPU instruction set", module.cpu_isa())]
+    return [*facts, ("CPU instruction set", instruction_set(module.cpu_isa(), module.cpu_isas()))]
+
+
+def instruction_set(used: str, all_of_them: list[str]) -> str:
+    """Say which instruction set the CPU kernels use, and which they leave alone.
+
+    Example:
+        >>> instruction_set("avx2", ["default", "avx2"])
+        'avx2'
+        >>> instruction_set("avx512_bf16", ["avx512_bf16", "amx"])
+        'avx512_bf16; amx only if chosen: its kernels are compiled and emulated, not yet run'
+    """
+    if used == "amx" or "amx" not in all_of_them:
+        return used
+    return f"{used}; amx only if chosen: its kernels are compiled and emulated, not yet run"
 
 
 def gpu() -> str:

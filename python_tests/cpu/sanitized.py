@@ -2,7 +2,8 @@
 
     python python_tests/cpu/sanitized.py          every instruction set; make sanitize
 
-One line a program. Exits 1 if one found anything.
+One line a program. Exits 1 if one found anything. AMX's tiles are emulated, csrc/cpu/tests has by
+what: the kernels' source is the same, and the vectors around the tiles are the machine's own.
 """
 
 import os
@@ -14,12 +15,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("moe_lora", "grad_square")
+CPU = ROOT / "csrc/cpu"
+STEPS = ("moe_lora", "grad_square", "amx")
 SANITIZERS = {
     "AddressSanitizer, UBSan": "address,undefined",
     "ThreadSanitizer": "thread",
 }
-ISAS = ("default", "avx2", "avx512", "avx512_bf16")
+ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def compiler() -> list[str] | None:
@@ -31,11 +33,14 @@ def compiler() -> list[str] | None:
 def build(steps: str, sanitizer: str, folder: Path) -> Path:
     """Compile one program and return its path."""
     program = folder / f"{steps}-{sanitizer.replace(',', '-')}"
-    cpu = ROOT / "csrc/cpu"
-    sources = [cpu / "tests" / f"{steps}_steps_test.cpp", cpu / "isa.cpp"]
-    sources += [cpu / f"{steps}_{isa}.cpp" for isa in ISAS]
     flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-fno-omit-frame-pointer"]
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    if steps == "amx":
+        sources = [CPU / "tests/amx_test.cpp"]
+    else:
+        sources = [CPU / f"tests/{steps}_steps_test.cpp", CPU / "tests/amx_isa.cpp"]
+        sources += [CPU / f"{steps}_{isa}.cpp" for isa in ISAS]
+        flags += ["-include", "cpu/tests/amx_emulation.h"]
     command = [*(compiler() or ["c++"]), *flags, *map(str, sources), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
