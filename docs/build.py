@@ -37,7 +37,7 @@ PAGE = """{% extends "frame.html.jinja2" %}{% block title %}{{ title }}{% endblo
 DISPLAYED = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", re.M)
 DOLLARS = re.compile(r"\$\$(.+?)\$\$", re.S)
 INLINE = re.compile(r":math:`([^`]+)`")
-STAND_IN = re.compile(r"<p>\s*EQUATION(\d+)X\s*</p>|EQUATION(\d+)X")
+STAND_IN = re.compile(r"EQUATION(\d+)X")
 MEMBER = re.compile(r'<a href="#([A-Z]\w+\.\w+)">(.*?)</a>')
 LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)")
 
@@ -56,7 +56,7 @@ class Equations:
 
     def show(self, html: str) -> str:
         """Put the equations back."""
-        return STAND_IN.sub(lambda m: self.known[int(m[1] or m[2])], html)
+        return STAND_IN.sub(lambda m: self.known[int(m[1])], html)
 
     def _word(self, tex: str, display: str) -> str:
         self.known.append(convert(textwrap.dedent(tex).strip(), display=display))
@@ -150,7 +150,8 @@ def build(site: Path) -> list[str]:
     equations = Equations()
     equip(equations)
     package = importlib.import_module("floe_kernels")
-    package.__doc__ = bring((ROOT / "README.md").read_text(), site)
+    _title, _, text = (ROOT / "README.md").read_text().partition("\n")  # pdoc has one of its own
+    package.__doc__ = bring(text, site)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # annotations that only a type checker can read
         pdoc.pdoc(*MODULES, output_directory=site)
