@@ -1,9 +1,10 @@
 // floe::segment_grad_square on CPU: pieces and panels, threads, and the ordered sums over panels.
+#include "cpu/grad_square_call.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <tuple>
 #include <vector>
 
 #include "cpu/grad_square_kernels.h"
@@ -58,10 +59,25 @@ void sum_panels(const double* parts, int64_t panels, int64_t size, void* out) {
   }
 }
 
+// torch's own conversion of a string argument (2.10 to 2.13) never frees it: 48 bytes a call, and
+// the holes between them. A handle it passes on.
+std::tuple<Tensor, Tensor, Tensor> boxed(const Tensor& g, const Tensor& x, const Tensor& offsets,
+                                         std::optional<Tensor> scale, StringHandle reduce) {
+  std::size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(reduce, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(reduce, &data));
+  const std::string word(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(reduce));
+  return segment_grad_square(g, x, offsets, scale, word);
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const Tensor& x_in,
                                                        const Tensor& offsets_in,
-                                                       std::optional<Tensor> scale_in,
-                                                       std::string reduce) {
+                                                       const std::optional<Tensor>& scale_in,
+                                                       const std::string& reduce) {
   const ScalarType type = promoted(g_in.scalar_type(), x_in.scalar_type());
   const bool is_double = type == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
@@ -121,10 +137,6 @@ std::tuple<Tensor, Tensor, Tensor> segment_grad_square(const Tensor& g_in, const
   return {grad, fisher, norms};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) {
-  m.impl("segment_grad_square", TORCH_BOX(&segment_grad_square));
-}
+STABLE_TORCH_LIBRARY_IMPL(floe, CPU, m) { m.impl("segment_grad_square", TORCH_BOX(&boxed)); }
 
 }  // namespace floe

@@ -1,7 +1,8 @@
 #include "cpu/moe_lora_fisher.h"
 
 #include <cstring>
-#include <string>
+
+#include "cpu/grad_square_call.h"
 
 namespace floe {
 namespace {
@@ -44,15 +45,9 @@ Tensor cleaned(const Experts& given, const Tensor& x, bool with_dropout) {
 // buffer += the sum of the samples' squared gradients; its shape says how far it is summed. Returns
 // the gradient of all samples.
 Tensor add_squares(Tensor buffer, const Tensor& g, const Tensor& x, const FisherBuffers& to) {
-  using torch::stable::detail::from;
   static const char* const kReduce[] = {"matrix", "rank", "element"};
-  std::array<StableIValue, 5> stack{from(g), from(x), from(to.offsets), from(to.scale),
-                                    from(std::string(kReduce[buffer.dim()]))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("floe::segment_grad_square", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor grad = torch::stable::detail::to<Tensor>(stack[0]);
-  const Tensor fisher = torch::stable::detail::to<Tensor>(stack[1]);
-  static_cast<void>(torch::stable::detail::to<Tensor>(stack[2]));
+  auto [grad, fisher, norms] =
+      segment_grad_square(g, x, to.offsets, to.scale, kReduce[buffer.dim()]);
   torch::stable::copy_(buffer, torch::stable::subtract(buffer, fisher, -1));
   return grad;
 }

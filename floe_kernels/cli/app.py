@@ -1,6 +1,5 @@
 """Which commands there are, and how all of them fail."""
 
-import os
 import signal
 import threading
 import traceback
@@ -102,8 +101,8 @@ def no_cache(error: Exception) -> str | None:
         if isinstance(error, OSError) and error.filename != why.filename:
             return None
         return (
-            f"torch cannot make its cache folder {os.environ['TORCHINDUCTOR_CACHE_DIR']} "
-            f"({sentence(why)}): set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+            f"torch cannot make the folder of its cache, {sentence(why)}: "
+            "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
         )
     except ImportError:  # another torch keeps the function elsewhere
         pass

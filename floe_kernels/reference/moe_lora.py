@@ -163,7 +163,7 @@ def moe_lora_backward(
     """
     _, z, experts, gates, logits = saved
     wide = wide_dtype(x)
-    x_kept, dy = drop_masked(x, token_mask), drop_masked(grad_out, token_mask)
+    x_kept, dy = drop_masked(x, token_mask), drop_masked(grad_out, token_mask).to(x.dtype)
     z_all = packed_z(z, ranks, shared_A)
     gate = scaling.to(wide) * column_gates(experts, gates, ranks)  # (N, R)
     u = dy @ lora_B.T.to(dy.dtype)  # (N, R)

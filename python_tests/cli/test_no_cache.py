@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("typer")
 NOWHERE = "/proc/no/such/place"
 SENTENCE = (
-    f"torch cannot make its cache folder {NOWHERE} (/proc/no: No such file or directory): "
+    "torch cannot make the folder of its cache, /proc/no: No such file or directory: "
     "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
 )
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
