@@ -109,6 +109,8 @@ def test_make_takes_what_is_shown(command):
     variables = [word.partition("=")[0] for word in words if "=" in word]
     for variable in variables:
         assert re.search(rf"\$[({{]{variable}\b|or \$\({variable}\)", MAKEFILE), variable
+    for path in re.findall(r"[\w/]+\.py", command):
+        assert (ROOT / path).exists(), path
     for target in (word for word in words if re.fullmatch("[a-z]+", word)):
         assert re.search(rf"^{target}:", MAKEFILE, re.M), target
 
