@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc/cpu"
-STEPS = ("moe_lora", "grad_square", "amx")
+STEPS = ("moe_lora", "grad_square")
+EMULATED = ("amx", "amx_moe_lora")
 SANITIZERS = {
     "AddressSanitizer, UBSan": "address,undefined",
     "ThreadSanitizer": "thread",
@@ -35,8 +36,8 @@ def build(steps: str, sanitizer: str, folder: Path) -> Path:
     program = folder / f"{steps}-{sanitizer.replace(',', '-')}"
     flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-fno-omit-frame-pointer"]
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
-    if steps == "amx":
-        sources = [CPU / "tests/amx_test.cpp"]
+    if steps in EMULATED:
+        sources = [CPU / f"tests/{steps}_test.cpp"]
     else:
         sources = [CPU / f"tests/{steps}_steps_test.cpp", CPU / "tests/amx_isa.cpp"]
         sources += [CPU / f"{steps}_{isa}.cpp" for isa in ISAS]
@@ -58,7 +59,7 @@ def main() -> int:
     worst = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, sanitizer in SANITIZERS.items():
-            for steps in STEPS:
+            for steps in (*STEPS, *EMULATED):
                 code, said = run(build(steps, sanitizer, Path(folder)))
                 ran = [line.partition(":")[0] for line in said.splitlines() if "failures" in line]
                 found = "nothing found" if code == 0 else f"FOUND SOMETHING\n{said}"

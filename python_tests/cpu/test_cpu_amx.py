@@ -1,7 +1,6 @@
 """AMX's kernels: that their instructions are there, and that none is where it would crash.
 
-What they compute: csrc/cpu/tests/amx_test.cpp on emulated tiles, run by test_cpu_sanitizers.py, and
-test_cpu_amx_native.py on a CPU that has them.
+What they compute: test_cpu_amx_emulation.py, and test_cpu_amx_native.py on a CPU that has tiles.
 """
 
 import collections
