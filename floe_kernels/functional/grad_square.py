@@ -36,7 +36,12 @@ def segment_grad_square(
     of a summed log-likelihood this is the diagonal of the empirical Fisher information (arXiv
     1905.12558, eq. 3). Sums and squares are float32 (float64 for float64) whatever the inputs
     are. An empty sample adds nothing. Rows outside ``offsets`` count in the gradient alone. A
-    non-finite row spoils the scores of every entry it reaches. Not differentiable.
+    non-finite row spoils the scores of every entry it reaches. Not differentiable. F is within S
+    roundings of float32; :class:`~floe_kernels.FisherCollector` adds calls up in float64.
+
+    Memory at the peak, on a CPU with the C++ kernel, in bytes beyond the arguments:
+    ``b * R * (N + D)``, and ``4 * R * D`` more for ``"element"``, with b the size of an element
+    of g and x; up to 2 MiB a thread; and at most ``S * D / 2``.
 
     Args:
         g: Gradient of the map's output, ``(N, R)``, floating point.
@@ -80,6 +85,10 @@ def linear_grad_square(
     :math:`T_i < RD / (R + D)` tokens goes through its two Gram matrices (arXiv 1510.01799), a
     longer one through its gradient, one at a time. Float32 (float64 for float64). An empty sample
     gives 0. Not differentiable.
+
+    Memory at the peak, on a CPU with the C++ kernel, in bytes beyond the arguments: for short
+    samples of up to T tokens ``12 * T**2``, or ``8 * T * (R + D)`` where g and x are not float32;
+    for long ones what :func:`segment_grad_square` takes, ``b * R * (N + D)``.
 
     Args:
         g: Gradient of the map's output, ``(N, R)``, floating point.
