@@ -96,15 +96,23 @@ def lines(folder, event):
     return [row for row in whole if row["event"] == event]
 
 
+def state_of(folder):
+    path = folder / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_trained(state):
+    """Whether all is done but the report, whose pictures take a second to draw."""
+    return "loss" in state.get("trained", {}).get("floe", {})
+
+
 def phase(folder):
     """Say what a run was doing when it stopped."""
-    if (folder / "report.html").exists() or (folder / ".report.html.partial").exists():
+    state = state_of(folder)
+    if is_trained(state):
         return "report"
     if (folder / "adapter").exists():
         return "save"
-    state = (
-        json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else {}
-    )
     if "plan" in state:
         return "training"
     if "score" in state or any(row["run"] == "warm_up" for row in lines(folder, "step")):

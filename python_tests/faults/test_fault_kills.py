@@ -5,22 +5,28 @@ import random
 import time
 
 from counting import KILLS, SURVIVED
-from running import assert_same, assert_whole, finished, lines, phase, sentence, start
+from running import (
+    assert_same,
+    assert_whole,
+    finished,
+    is_trained,
+    lines,
+    phase,
+    sentence,
+    start,
+    state_of,
+)
 
 #: a moment to wait for, so that the short phases are met as often as the long ones
 MOMENTS = {
     "start": lambda folder: True,
     "search": lambda folder: bool(lines(folder, "trial")),
     "warm up": lambda folder: any(row["run"] == "warm_up" for row in lines(folder, "step")),
-    "score": lambda folder: '"score"' in read(folder / "state.json"),
+    "score": lambda folder: "score" in state_of(folder),
     "training": lambda folder: any(row["run"] == "floe" for row in lines(folder, "step")),
     "save": lambda folder: any(folder.glob("adapter*")) or any(folder.glob(".adapter*")),
-    "report": lambda folder: '"floe"' in read(folder / "state.json"),
+    "report": lambda folder: is_trained(state_of(folder)),
 }
-
-
-def read(path):
-    return path.read_text() if path.exists() else ""
 
 
 def kill_somewhere(folder, arguments, draw):
