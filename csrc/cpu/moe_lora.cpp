@@ -31,13 +31,12 @@ ForwardOutputs outputs(const Experts& given, int64_t K) {
   const int64_t T = given.x.size(0), E = static_cast<int64_t>(given.ranks.size());
   const ScalarType wide =
       given.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  using torch::stable::new_empty;
   return {nullptr,
           {},
-          new_empty(given.x, {T, given.lora_A.size(0)}),
-          new_empty(given.x, {T, K}, ScalarType::Long),
-          new_empty(given.x, {T, K}, wide),
-          new_empty(given.x, {T, E}, wide)};
+          new_tensor(given.x, {T, given.lora_A.size(0)}, given.x.scalar_type()),
+          new_tensor(given.x, {T, K}, ScalarType::Long),
+          new_tensor(given.x, {T, K}, wide),
+          new_tensor(given.x, {T, E}, wide)};
 }
 
 Forward run_forward(const Experts& given, ForwardOutputs to) {
@@ -56,7 +55,7 @@ Forward moe_lora_linear(const Tensor& x, const Tensor& weight, const Optional& b
   const Experts given(x, lora_A, lora_B, router_weight, scaling, std::move(ranks), shared_A,
                       renormalize, token_mask, dropout_p, dropout_seed, aux_coefs);
   ForwardOutputs to = outputs(given, top_k);
-  to.out = torch::stable::contiguous(linear(given.x, weight, bias));
+  to.out = as_contiguous(linear(given.x, weight, bias));
   to.base = to.out.const_data_ptr();
   return run_forward(given, to);
 }
@@ -70,8 +69,8 @@ Forward moe_lora(const Tensor& x, const Tensor& base_out, const Tensor& lora_A,
   const Experts given(x, lora_A, lora_B, router_weight, scaling, std::move(ranks), shared_A,
                       renormalize, token_mask, dropout_p, dropout_seed, aux_coefs);
   ForwardOutputs to = outputs(given, top_k);
-  const Tensor base = torch::stable::contiguous(base_out);
-  to.out = torch::stable::new_empty(given.x, {base.size(0), base.size(1)});
+  const Tensor base = as_contiguous(base_out);
+  to.out = new_tensor(given.x, {base.size(0), base.size(1)}, given.x.scalar_type());
   const bool same = base.scalar_type() == given.x.scalar_type();
   to.base = same ? base.const_data_ptr() : nullptr;
   Forward out = run_forward(given, to);
@@ -101,24 +100,23 @@ Gradients moe_lora_backward(const Tensor& grad_out, const Tensor& x, const Optio
     return needs[i] && !(fisher && buffer && same);
   };
   const BackwardInputs in{as_dtype(grad_out, given.x.scalar_type()),
-                          torch::stable::contiguous(z),
-                          torch::stable::contiguous(experts),
-                          torch::stable::contiguous(gates),
-                          torch::stable::contiguous(logits),
+                          as_contiguous(z),
+                          as_contiguous(experts),
+                          as_contiguous(gates),
+                          as_contiguous(logits),
                           needs[0],
                           ours(1, fisher_A),
                           ours(2, fisher_B),
                           ours(3, fisher_router),
                           fisher};
   const auto like = [](const Tensor& t, bool wanted) {
-    return wanted ? torch::stable::new_empty(t, {t.size(0), t.size(1)})
-                  : torch::stable::new_empty(t, {0});
+    return wanted ? new_tensor(t, {t.size(0), t.size(1)}, t.scalar_type())
+                  : new_tensor(t, {0}, t.scalar_type());
   };
   const bool base_share = weight && needs[0];
-  Gradients out{
-      base_share ? torch::stable::contiguous(mm(in.grad_out, *weight)) : like(given.x, needs[0]),
-      like(given.lora_A, in.needs_A), like(given.lora_B, in.needs_B),
-      like(given.router_weight, in.needs_router)};
+  Gradients out{base_share ? as_contiguous(mm(in.grad_out, *weight)) : like(given.x, needs[0]),
+                like(given.lora_A, in.needs_A), like(given.lora_B, in.needs_B),
+                like(given.router_weight, in.needs_router)};
   RowGradients rows;
   if (fisher) rows = row_gradients(given);
   const int64_t K = in.experts.size(1);

@@ -48,9 +48,9 @@ struct MoELoRAAmx {
     Steps::weight_grad(rows, first, last, grads, count, scratch);
   }
 
-  static void gather_expand(const GatherExpand& g, int64_t panel, void* scratch) {
+  static void gather_expand(const GatherExpand& g, int64_t first, int64_t last, void* scratch) {
     const TileScope scope;
-    Steps::gather_expand(g, panel, scratch);
+    Steps::gather_expand(g, first, last, scratch);
   }
 
   static constexpr Kernels table() {

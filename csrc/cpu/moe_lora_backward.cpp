@@ -1,6 +1,7 @@
 #include "cpu/moe_lora_backward.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/moe_lora_token.h"
 
@@ -35,7 +36,11 @@ struct Dense {
     const void* shrink = needs_u ? panels.columns(given.lora_B) : nullptr;
     const void* expand_A = in.needs_x ? panels.rows(given.lora_A) : nullptr;
     const void* expand_router = in.needs_x ? panels.rows(given.router_weight) : nullptr;
-    panels.pack();
+    Loops packing;
+    panels.pack_in(packing);
+    const cpu::Scratch keep = keep_bits(kernels, given.dropout, T, layer.I, packing);
+    const uint8_t* kept = given.dropout.active ? keep.get<uint8_t>() : nullptr;
+    packing.run();
 
     const auto aux = aux_losses(given, layer, in.experts);
     TokenGradients<scalar_t, elem> token{layer, in, aux, rows};
@@ -47,8 +52,6 @@ struct Dense {
     token.h_tiled = {in.needs_B ? h_tiled.template get<elem>() : nullptr, Q, mr, pack};
     token.dl_tiled = {in.needs_router ? dl_tiled.template get<elem>() : nullptr, Q, mr, pack};
 
-    const cpu::Scratch keep = keep_bits(kernels, given.dropout, T, layer.I);
-    const uint8_t* kept = given.dropout.active ? keep.get<uint8_t>() : nullptr;
     const int64_t step = rows_per_task(T), tasks = (T + step - 1) / step;
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t ld_u = (layer.R + 63) / 64 * 64;
@@ -65,29 +68,23 @@ struct Dense {
         for (int64_t m = 0; m < M; ++m) {
           token.run(t0 + m, needs_u ? u.get<wide>() + m * ld_u : nullptr, memory);
         }
+        if (!in.needs_x) continue;
+        auto* dx = static_cast<scalar_t*>(std::get<0>(out).mutable_data_ptr()) + t0 * layer.I;
+        const int64_t ld_keep = keep_stride(layer.I);
+        kernels.expand({M,
+                        layer.I,
+                        {token.dz + t0 * ld_dz, ld_dz, layer.C, expand_A},
+                        {token.dl + t0 * ld_dl, ld_dl, layer.E, expand_router},
+                        kept ? kept + t0 * ld_keep : nullptr,
+                        ld_keep,
+                        given.dropout.scale,
+                        base_share ? dx : nullptr,
+                        dx,
+                        layer.I,
+                        layer.I});
       }
     });
 
-    if (in.needs_x) {
-      torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t t0 = task * step, M = std::min(step, T - t0);
-          auto* dx = static_cast<scalar_t*>(std::get<0>(out).mutable_data_ptr()) + t0 * layer.I;
-          const int64_t ld_keep = keep_stride(layer.I);
-          kernels.expand({M,
-                          layer.I,
-                          {token.dz + t0 * ld_dz, ld_dz, layer.C, expand_A},
-                          {token.dl + t0 * ld_dl, ld_dl, layer.E, expand_router},
-                          kept ? kept + t0 * ld_keep : nullptr,
-                          ld_keep,
-                          given.dropout.scale,
-                          base_share ? dx : nullptr,
-                          dx,
-                          layer.I,
-                          layer.I});
-        }
-      });
-    }
     const auto grad = [](const cpu::Scratch& tiled, const Tensor& to, bool keep, double scale) {
       return cpu::WeightGrad{to.size(0),   tiled.get(), keep, scale, to.mutable_data_ptr(),
                              dtype_of(to), to.size(1)};
@@ -98,27 +95,29 @@ struct Dense {
     }
     if (in.needs_router) of_x.push_back(grad(dl_tiled, std::get<3>(out), false, 1));
     if (in.needs_B) of_dy.push_back(grad(h_tiled, std::get<2>(out), false, 1));
+    Loops loops;
     weight_grads(kernels,
                  {given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, kept,
                   keep_stride(layer.I)},
-                 of_x);
+                 of_x, loops);
     weight_grads(
         kernels,
-        {in.grad_out.const_data_ptr(), layer.O, layer.O, nullptr, T, layer.mask, nullptr, 0},
-        of_dy);
+        {in.grad_out.const_data_ptr(), layer.O, layer.O, nullptr, T, layer.mask, nullptr, 0}, of_dy,
+        loops);
+    loops.run();
   }
 };
 
 }  // namespace
 
 void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
-                  const std::vector<cpu::WeightGrad>& grads) {
+                  std::vector<cpu::WeightGrad> grads, Loops& loops) {
   if (grads.empty()) return;
   int64_t N = 0;
   for (const cpu::WeightGrad& grad : grads) N += grad.N + kernels.mr;
   const int64_t panels = (from.cols + kernels.nr - 1) / kernels.nr;
   const int64_t together = cpu::grad_panels(kernels, N);
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  loops.add(panels, [=, &kernels, grads = std::move(grads)](int64_t begin, int64_t end) {
     const int64_t most = std::min(together, end - begin);
     const cpu::Scratch scratch(cpu::grad_scratch(kernels, N, most));
     for (int64_t p = begin; p < end; p += most) {

@@ -28,6 +28,6 @@ void backward_grouped(const Experts& given, const BackwardInputs& in, bool base_
 
 // Every gradient over the same rows, panel by panel.
 void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
-                  const std::vector<cpu::WeightGrad>& grads);
+                  std::vector<cpu::WeightGrad> grads, Loops& loops);
 
 }  // namespace floe

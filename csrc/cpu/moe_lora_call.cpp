@@ -9,7 +9,7 @@ namespace {
 
 // Parameters have the dtype of x, or float32: any other is changed to what holds both.
 Tensor parameter(const Tensor& t, const Tensor& x) {
-  if (t.scalar_type() == x.scalar_type()) return torch::stable::contiguous(t);
+  if (t.scalar_type() == x.scalar_type()) return as_contiguous(t);
   return as_dtype(t,
                   x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
 }
@@ -20,7 +20,7 @@ Experts::Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                  const Tensor& router_weight, const Tensor& scaling, std::vector<int64_t> ranks,
                  bool shared_A, bool renormalize, const Optional& token_mask, double dropout_p,
                  const Optional& dropout_seed, const Optional& aux_coefs)
-    : x(torch::stable::contiguous(x)),
+    : x(as_contiguous(x)),
       lora_A(parameter(lora_A, x)),
       lora_B(parameter(lora_B, x)),
       router_weight(parameter(router_weight, x)),
@@ -28,7 +28,7 @@ Experts::Experts(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
       ranks(std::move(ranks)),
       shared_A(shared_A),
       renormalize(renormalize) {
-  if (token_mask) this->token_mask = torch::stable::contiguous(*token_mask);
+  if (token_mask) this->token_mask = as_contiguous(*token_mask);
   if (aux_coefs) this->aux_coefs = as_dtype(*aux_coefs, ScalarType::Float);
   if (dropout_p != 0 && dropout_seed) {
     dropout.active = true;
@@ -67,10 +67,22 @@ void* Panels::add(const Tensor& w, bool rows) {
   return jobs_.back().memory.get();
 }
 
-void Panels::pack() {
+void Loops::run() const {
+  int64_t longest = 0;
+  for (const Loop& loop : loops_) longest = std::max(longest, loop.count);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), longest);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (const Loop& loop : loops_) {
+      const int64_t from = loop.count * begin / threads, to = loop.count * end / threads;
+      if (from < to) loop.body(from, to);
+    }
+  });
+}
+
+void Panels::pack_in(Loops& loops) const {
   int64_t total = 0;
   for (const Job& job : jobs_) total += job.panels;
-  torch::stable::parallel_for(0, total, 1, [&](int64_t begin, int64_t end) {
+  loops.add(total, [this](int64_t begin, int64_t end) {
     for (const Job& job : jobs_) {
       for (int64_t p = std::max<int64_t>(begin, 0); p < std::min(end, job.panels); ++p) {
         (job.rows ? kernels_.pack_rows : kernels_.pack_columns)(job.w, p, job.memory.get());
@@ -81,12 +93,12 @@ void Panels::pack() {
 }
 
 cpu::Scratch keep_bits(const cpu::Kernels& kernels, const cpu::Dropout& dropout, int64_t T,
-                       int64_t I) {
+                       int64_t I, Loops& loops) {
   if (!dropout.active) return {};
   const int64_t ld = keep_stride(I);
   cpu::Scratch bits(T * ld);
-  torch::stable::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) {
-    kernels.keep_bits(dropout, begin, end - begin, I, bits.get<uint8_t>() + begin * ld, ld);
+  loops.add(T, [&kernels, &dropout, I, ld, to = bits.get<uint8_t>()](int64_t begin, int64_t end) {
+    kernels.keep_bits(dropout, begin, end - begin, I, to + begin * ld, ld);
   });
   return bits;
 }

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <functional>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -42,8 +44,23 @@ inline cpu::Matrix matrix(const Tensor& t) {
   return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(1)};
 }
 
+// These two ask ATen for what the stable ABI looks up by name on every call, at a microsecond each.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes,
+                         ScalarType type) {
+  auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                &dtype, nullptr, nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  return as_contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
 // Calls f with a value of the type that stores `dtype`.
@@ -114,6 +131,22 @@ int64_t rows_per_task(int64_t T);
 // Bytes between the dropout bits of two rows: whole words, so that any read of them is inside.
 inline int64_t keep_stride(int64_t columns) { return (columns + 63) / 64 * 8 + 8; }
 
+// Loops of which none waits for another, in one parallel region: every thread takes its share of
+// each. What a body refers to must outlive run().
+class [[gnu::visibility("hidden")]] Loops {
+ public:
+  using Body = std::function<void(int64_t begin, int64_t end)>;
+  void add(int64_t count, Body body) { loops_.push_back({count, std::move(body)}); }
+  void run() const;
+
+ private:
+  struct Loop {
+    int64_t count;
+    Body body;
+  };
+  std::vector<Loop> loops_;
+};
+
 // The panels of several matrices, all packed in one parallel loop.
 class [[gnu::visibility("hidden")]] Panels {
  public:
@@ -121,7 +154,7 @@ class [[gnu::visibility("hidden")]] Panels {
   // Returns the place of the panels, which pack() fills.
   void* columns(const Tensor& w);  // sums run over the columns of w
   void* rows(const Tensor& w);     // sums run over the rows of w
-  void pack();
+  void pack_in(Loops& loops) const;
 
  private:
   struct Job {
@@ -136,8 +169,9 @@ class [[gnu::visibility("hidden")]] Panels {
   std::vector<Job> jobs_;
 };
 
-// The dropout bits of x, (T, keep_stride(I)) bytes; no memory where nothing is dropped.
+// The dropout bits of x, (T, keep_stride(I)) bytes, which `loops` fill; no memory where nothing is
+// dropped.
 cpu::Scratch keep_bits(const cpu::Kernels& kernels, const cpu::Dropout& dropout, int64_t T,
-                       int64_t I);
+                       int64_t I, Loops& loops);
 
 }  // namespace floe

@@ -54,7 +54,7 @@ Tensor add_squares(Tensor buffer, const Tensor& g, const Tensor& x, const Fisher
 
 // gate (S,) += scale * the sum of every sample's tokens; the gradient itself, not its square.
 void add_gates(Tensor gate, const double* tokens, const FisherBuffers& to) {
-  const Tensor offsets = torch::stable::contiguous(to.offsets);
+  const Tensor offsets = as_contiguous(to.offsets);
   const auto* bounds = offsets.const_data_ptr<int64_t>();
   const int64_t S = offsets.size(0) - 1;
   Tensor sums = torch::stable::new_empty(gate, {S}, ScalarType::Double);

@@ -18,7 +18,9 @@ struct Dense {
     Panels panels(kernels);
     const void* shrink = panels.columns(given.lora_A);
     const void* expand = panels.rows(given.lora_B);
-    panels.pack();
+    Loops packing;
+    panels.pack_in(packing);
+    packing.run();
     const int64_t step = rows_per_task(layer.T), tasks = (layer.T + step - 1) / step;
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t ld_z = (layer.C + 63) / 64 * 64, ld_h = (layer.R + 63) / 64 * 64;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/moe_lora_call.h"
 #include "cpu/segments.h"
@@ -41,16 +42,18 @@ inline cpu::GatherDots gathered(const cpu::Slots& slots, const cpu::Run& run, co
           nullptr};
 }
 
-// For every panel of columns and chunk of tokens: out = base + the slots' products + second.
-// `to` has everything but the tokens and segments of a chunk.
+// For every group of panels and chunk of tokens: out = base + the slots' products + second.
+// `to` has everything but the tokens and segments of a chunk. `slots` must outlive the loops.
 template <typename wide>
 void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
-                  const cpu::Slots& slots, const Tensor& weights, cpu::GatherExpand to) {
-  const int64_t step = tokens_per_sum(layer), chunks = (layer.T + step - 1) / step;
+                  const cpu::Slots& slots, const Tensor& weights, cpu::GatherExpand to,
+                  Loops& loops) {
+  const int64_t T = layer.T, E = layer.E, step = tokens_per_sum(layer);
+  const int64_t chunks = (T + step - 1) / step, ld = slot_stride(layer);
   std::vector<cpu::Segment> segments;
   const cpu::Matrix all = matrix(weights);
   for (int64_t c = 0; c < chunks; ++c) {
-    for (int64_t e = 0; e < layer.E; ++e) {
+    for (int64_t e = 0; e < E; ++e) {
       cpu::Matrix own = all;
       own.rows = layer.rank(e);
       own.data = static_cast<const char*>(all.data) +
@@ -59,18 +62,21 @@ void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
       segments.push_back({begin, own.rows ? slots.find(e, (c + 1) * step) : begin, own});
     }
   }
-  to.tokens = slots.token.data(), to.num_segments = layer.E;
+  to.tokens = slots.token.data(), to.num_segments = E;
   const int64_t panels = (to.O + kernels.nr - 1) / kernels.nr;
-  torch::stable::parallel_for(0, chunks * panels, 1, [&](int64_t begin, int64_t end) {
-    const cpu::Scratch scratch((std::min(layer.T, step) + slot_stride(layer) + 8) * kernels.nr * 8);
-    cpu::GatherExpand task = to;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t c = i / panels;
-      task.begin = c * step, task.end = std::min(layer.T, task.begin + step);
-      task.segments = segments.data() + c * layer.E;
-      kernels.gather_expand(task, i % panels, scratch.get());
-    }
-  });
+  const int64_t together = cpu::expand_panels(kernels, std::min(T, step), ld);
+  const int64_t groups = (panels + together - 1) / together;
+  loops.add(
+      chunks * groups, [=, &kernels, segments = std::move(segments)](int64_t begin, int64_t end) {
+        const cpu::Scratch scratch(cpu::expand_scratch(kernels, std::min(T, step), ld, together));
+        cpu::GatherExpand task = to;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t c = i / groups, p = i % groups * together;
+          task.begin = c * step, task.end = std::min(T, task.begin + step);
+          task.segments = segments.data() + c * E;
+          kernels.gather_expand(task, p, std::min(panels, p + together), scratch.get());
+        }
+      });
 }
 
 }  // namespace floe

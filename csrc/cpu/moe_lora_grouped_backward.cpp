@@ -40,7 +40,13 @@ struct Grouped {
     const Tensor lora_B = as_dtype(given.lora_B, given.x.scalar_type());
     const std::vector<cpu::Run> runs = cpu::cut(slots, E, kSlotsPerTask);
     const auto count = static_cast<int64_t>(runs.size());
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    Panels panels(kernels);
+    const void* router = in.needs_x ? panels.rows(given.router_weight) : nullptr;
+    Loops first;
+    panels.pack_in(first);
+    const cpu::Scratch keep = keep_bits(kernels, given.dropout, T, layer.I, first);
+    const uint8_t* kept = given.dropout.active ? keep.get<uint8_t>() : nullptr;
+    first.add(count, [&](int64_t begin, int64_t end) {
       const cpu::Scratch u(kSlotsPerTask * ld * sizeof(wide));
       for (int64_t i = begin; i < end; ++i) {
         const cpu::Run& run = runs[i];
@@ -53,6 +59,7 @@ struct Grouped {
         }
       }
     });
+    first.run();
 
     const int64_t ld_dl = (E + 7) / 8 * 8, Q = (T + pack - 1) / pack;
     const cpu::Scratch dl(T * ld_dl * sizeof(elem));
@@ -60,12 +67,8 @@ struct Grouped {
     const cpu::Tiled<elem> tiles{dl_tiled.get<elem>(), Q, mr, pack};
     grad_logits(grad_gates.get<wide>(), dl.get<elem>(), ld_dl, tiles);
 
-    const cpu::Scratch keep = keep_bits(kernels, given.dropout, T, layer.I);
-    const uint8_t* kept = given.dropout.active ? keep.get<uint8_t>() : nullptr;
+    Loops last;
     if (in.needs_x) {
-      Panels panels(kernels);
-      const void* router = panels.rows(given.router_weight);
-      panels.pack();
       void* dx = std::get<0>(out).mutable_data_ptr();
       cpu::GatherExpand expand{};
       expand.O = layer.I, expand.slots = dz.get(), expand.ld_slots = ld;
@@ -74,7 +77,7 @@ struct Grouped {
       expand.scale = given.dropout.scale;
       expand.base = base_share ? dx : nullptr, expand.out = dx;
       expand.ld_base = expand.ld_out = layer.I;
-      expand_slots(kernels, layer, slots, given.lora_A, expand);
+      expand_slots(kernels, layer, slots, given.lora_A, expand, last);
     }
 
     const auto grads = [&](const Tensor& to, const Tensor& x, const cpu::Scratch& tiled,
@@ -86,12 +89,16 @@ struct Grouped {
       const int64_t most =
           std::clamp<int64_t>(E * panels / tasks, 1, cpu::grad_panels(kernels, rows));
       const int64_t groups = (panels + most - 1) / most;
-      torch::stable::parallel_for(0, E * groups, 1, [&](int64_t begin, int64_t end) {
+      last.add(E * groups, [=, this, &slots, &tiled, &tiles_of](int64_t begin, int64_t end) {
         const cpu::Scratch scratch(cpu::grad_scratch(kernels, rows, most));
         for (int64_t i = begin; i < end; ++i) {
           const int64_t e = i / groups, row = layer.first[e] * columns, p = i % groups * most;
           auto* data = static_cast<char*>(to.mutable_data_ptr()) +
                        row * static_cast<int64_t>(to.element_size());
+          if (slots.count(e) == 0) {
+            clear_columns(data, to, layer.rank(e), p * kernels.nr, (p + most) * kernels.nr);
+            continue;
+          }
           const cpu::WeightGrad grad{
               layer.rank(e), tiles_of(tiled, e).data, true, scale, data, dtype_of(to), columns};
           kernels.weight_grad(
@@ -105,11 +112,20 @@ struct Grouped {
     if (in.needs_B) grads(std::get<2>(out), in.grad_out, h_tiled, nullptr, 1);
     if (in.needs_router) {
       const Tensor& to = std::get<3>(out);
-      const std::vector<cpu::WeightGrad> grad{
-          {E, dl_tiled.get(), false, 1, to.mutable_data_ptr(), dtype_of(to), layer.I}};
-      weight_grads(kernels,
-                   {given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, nullptr, 0},
-                   grad);
+      weight_grads(
+          kernels, {given.x.const_data_ptr(), layer.I, layer.I, nullptr, T, layer.mask, nullptr, 0},
+          {{E, dl_tiled.get(), false, 1, to.mutable_data_ptr(), dtype_of(to), layer.I}}, last);
+    }
+    last.run();
+  }
+
+  // Columns begin..end of so many rows of a gradient become zero.
+  static void clear_columns(char* data, const Tensor& of, int64_t rows, int64_t begin,
+                            int64_t end) {
+    const int64_t columns = of.size(1), size = static_cast<int64_t>(of.element_size());
+    end = std::min(end, columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memset(data + (r * columns + begin) * size, 0, (end - begin) * size);
     }
   }
 

@@ -90,7 +90,7 @@ struct Segment {  // an expert's slots: rows of `first`, and their tokens
   Matrix weight;  // its (r, O) rows
 };
 
-// As Expand for tokens begin..end and one panel of columns; `first` runs over slots.
+// As Expand for tokens begin..end and some panels of columns; `first` runs over slots.
 struct GatherExpand {
   int64_t begin, end, O;
   const Segment* segments;
@@ -122,7 +122,8 @@ struct Kernels {
   void (*weight_grad)(const RowsOf&, int64_t first, int64_t last, const WeightGrad*, int64_t count,
                       void* scratch);
   void (*gather_dots)(const GatherDots&);
-  void (*gather_expand)(const GatherExpand&, int64_t panel, void* scratch);
+  // Columns of panels first..last; see expand_panels and expand_scratch.
+  void (*gather_expand)(const GatherExpand&, int64_t first, int64_t last, void* scratch);
 };
 
 // Rows of a panel that weight_grad packs at a time, in units.
@@ -139,6 +140,19 @@ inline int64_t grad_panels(const Kernels& kernels, int64_t N) {
 // Bytes of weight_grad's scratch for so many panels.
 inline int64_t grad_scratch(const Kernels& kernels, int64_t N, int64_t panels) {
   return panels * (N + kGradUnits) * kernels.nr * 8;
+}
+
+// Panels that gather_expand should work on together for M tokens and slots `ld` long: as with
+// weight_grad, the sums and one expert's weights stay in L2 while rows are read and written in
+// runs.
+inline int64_t expand_panels(const Kernels& kernels, int64_t M, int64_t ld) {
+  const int64_t fit = (384 << 10) / ((M + ld + 8) * kernels.nr * 4);
+  return fit < 1 ? 1 : fit < 16 ? fit : 16;
+}
+
+// Bytes of gather_expand's scratch for so many panels.
+inline int64_t expand_scratch(const Kernels& kernels, int64_t M, int64_t ld, int64_t panels) {
+  return panels * (M + ld + 8) * kernels.nr * 8;
 }
 
 // For x of this dtype; an instruction set without its own uses the next lower one's.

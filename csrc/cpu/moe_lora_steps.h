@@ -252,43 +252,74 @@ struct Steps {
     }
   }
 
-  static void gather_expand(const GatherExpand& g, int64_t panel, void* scratch) {
-    const int64_t n0 = panel * NR, width = panel_width<V>(g.O, panel), M = g.end - g.begin;
-    auto* sums = static_cast<acc*>(scratch);
-    auto* packed = reinterpret_cast<unit*>(sums + M * NR);
+  // A few tokens use a weight once, on arrival: ask for all of it at a time.
+  static constexpr int64_t kFewTokens = 32;
+
+  static void prefetch_columns(const Matrix& w, int64_t begin, int64_t end) {
+    const int64_t size = w.dtype == Dtype::kFloat32 ? 4 : sizeof(scalar_t);
+    for (int64_t r = 0; r < w.rows; ++r) {
+      const char* row = static_cast<const char*>(w.data) + r * w.ld * size;
+      for (int64_t at = begin * size; at < end * size; at += 64) __builtin_prefetch(row + at);
+    }
+  }
+
+  static void gather_expand(const GatherExpand& g, int64_t first, int64_t last, void* scratch) {
+    const int64_t M = g.end - g.begin;
+    int64_t longest = 0;
+    for (int64_t s = 0; s < g.num_segments; ++s) {
+      longest = g.segments[s].weight.rows > longest ? g.segments[s].weight.rows : longest;
+    }
+    const int64_t size = units<V>(longest) * NR;  // of one panel of an expert's weights
+    auto* all = static_cast<acc*>(scratch);
+    auto* packed = reinterpret_cast<unit*>(all + (last - first) * M * NR);
     alignas(64) acc product[MR * NR];
-    std::memset(sums, 0, M * NR * sizeof(acc));
+    std::memset(all, 0, (last - first) * M * NR * sizeof(acc));
     for (const Segment* s = g.segments; s != g.segments + g.num_segments; ++s) {
       if (s->begin == s->end) continue;
       const Matrix& w = s->weight;
+      if (M <= kFewTokens) prefetch_columns(w, first * NR, least(last * NR, g.O));
       with_dtype<scalar_t>(w.dtype, [&](auto zero) __attribute__((always_inline)) {
         using w_t = decltype(zero);
         const Rows<w_t> rows{static_cast<const w_t*>(w.data), w.ld};
-        floe::cpu::pack_rows<V>(rows, 0, w.rows, n0, least(NR, g.O - n0), width, packed);
+        floe::cpu::pack_panels<V>(rows, 0, w.rows, g.O, first, last, size, 0, packed);
       });
-      for (int64_t i = s->begin; i < s->end; i += MR) {
-        const int64_t count = least(MR, s->end - i);
-        multiply({static_cast<const elem*>(g.slots), g.ld_slots, w.rows, packed}, i, count, 0,
-                 width, product, false);
-        for (int64_t j = 0; j < count; ++j) {
-          acc* to = sums + (g.tokens[i + j] - g.begin) * NR;
-          for (int64_t n = 0; n < width; n += V::kLanes) {
-            V::store(to + n, V::add(V::load(to + n), V::load(product + j * NR + n)));
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t width = panel_width<V>(g.O, p);
+        acc* sums = all + (p - first) * M * NR;
+        for (int64_t i = s->begin; i < s->end; i += MR) {
+          const int64_t count = least(MR, s->end - i);
+          multiply(
+              {static_cast<const elem*>(g.slots), g.ld_slots, w.rows, packed + (p - first) * size},
+              i, count, 0, width, product, false);
+          for (int64_t j = 0; j < count; ++j) {
+            acc* to = sums + (g.tokens[i + j] - g.begin) * NR;
+            for (int64_t n = 0; n < width; n += V::kLanes) {
+              V::store(to + n, V::add(V::load(to + n), V::load(product + j * NR + n)));
+            }
           }
         }
       }
     }
-    for (int64_t m = 0; m < M && g.keep; ++m) {
-      drop(sums + m * NR, width, static_cast<acc>(g.scale), g.keep + (g.begin + m) * g.keep_ld, n0);
-    }
-    for (int64_t m = 0; m < M && g.second.rows; m += MR) {
-      multiply(g.second, g.begin + m, least(MR, M - m), n0, width, sums + m * NR, true);
+    for (int64_t p = first; p < last && (g.keep || g.second.rows); ++p) {
+      const int64_t n0 = p * NR, width = panel_width<V>(g.O, p);
+      acc* sums = all + (p - first) * M * NR;
+      for (int64_t m = 0; m < M && g.keep; ++m) {
+        drop(sums + m * NR, width, static_cast<acc>(g.scale), g.keep + (g.begin + m) * g.keep_ld,
+             n0);
+      }
+      for (int64_t m = 0; m < M && g.second.rows; m += MR) {
+        multiply(g.second, g.begin + m, least(MR, M - m), n0, width, sums + m * NR, true);
+      }
     }
     const auto* base = static_cast<const scalar_t*>(g.base);
     for (int64_t m = 0; m < M; ++m) {
       const int64_t t = g.begin + m;
-      add_row<V>(sums + m * NR, least(NR, g.O - n0), base ? base + t * g.ld_base + n0 : nullptr,
-                 static_cast<scalar_t*>(g.out) + t * g.ld_out + n0);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t n0 = p * NR;
+        add_row<V>(all + ((p - first) * M + m) * NR, least(NR, g.O - n0),
+                   base ? base + t * g.ld_base + n0 : nullptr,
+                   static_cast<scalar_t*>(g.out) + t * g.ld_out + n0);
+      }
     }
   }
 

@@ -124,7 +124,7 @@ def moe_lora_linear(
         out, _z, experts, gates, logits = ops.call_linear(rows, weight, bias, *shared)
     if x.ndim != 2:
         out = out.view(*x.shape[:-1], weight.shape[0])
-    return MoELoRAOutput(out, logits.detach(), experts, gates.detach())
+    return MoELoRAOutput(out, _detached(logits), experts, _detached(gates))
 
 
 def moe_lora(
@@ -199,7 +199,7 @@ def moe_lora(
         return _no_experts(base_out.clone(), rows)
     with _no_autocast(x):
         out, _z, experts, gates, logits = ops.call(rows, rows_of(base_out), *shared)
-    return MoELoRAOutput(out.view(base_out.shape), logits.detach(), experts, gates.detach())
+    return MoELoRAOutput(out.view(base_out.shape), _detached(logits), experts, _detached(gates))
 
 
 def default_top_k(num_experts: int, shared_A: bool) -> int:
@@ -212,6 +212,10 @@ def rows_of(x: Tensor) -> Tensor:
     if x.ndim == 2:
         return x  # a view is a node of the graph
     return x.flatten(0, -2) if x.ndim > 2 else x[None]  # reshape(-1, 0) cannot tell how many rows
+
+
+def _detached(routing: Tensor) -> Tensor:
+    return routing.detach() if routing.requires_grad else routing
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -248,25 +252,18 @@ def _shared_arguments(
     ranks = [int(r) for r in ranks]
     if not rows.is_floating_point():
         raise ValueError(f"x must be floating point, got {rows.dtype}")
-    if any(r < 0 for r in ranks):
+    if ranks and min(ranks) < 0:
         raise ValueError(f"ranks must not be negative, got {ranks}")
     if shared_A and len(set(ranks)) > 1:
         raise ValueError(f"with shared_A all experts have one rank, got {ranks}")
     total = sum(ranks)
     packed_A = ranks[0] if shared_A and ranks else total
-    shapes = (
-        ("lora_A", lora_A, (packed_A, num_inputs), "ranks and the last size of x"),
-        ("lora_B", lora_B, (total, num_outputs), "ranks and the base's outputs"),
-        ("router_weight", router_weight, (len(ranks), num_inputs), "len(ranks) and x's last size"),
-    )
-    for name, tensor, shape, why in shapes:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} from {why}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point() or tensor.dtype != lora_A.dtype:
-            raise ValueError(
-                f"lora_A, lora_B and router_weight must share one floating point dtype, "
-                f"got {lora_A.dtype} and {name} in {tensor.dtype}"
-            )
+    weights = (lora_A, lora_B, router_weight)
+    shapes = (packed_A, num_inputs), (total, num_outputs), (len(ranks), num_inputs)
+    dtype = lora_A.dtype
+    fits = (lora_A.shape, lora_B.shape, router_weight.shape) == shapes
+    if not (fits and dtype == lora_B.dtype == router_weight.dtype and dtype.is_floating_point):
+        _refuse_weights(weights, shapes)
     if scaling is not None and (scaling.shape != (total,) or scaling.requires_grad):
         got = f"{tuple(scaling.shape)}{' requiring grad' if scaling.requires_grad else ''}"
         raise ValueError(f"scaling must be ({total},) without a gradient, got {got}")
@@ -293,3 +290,20 @@ def _shared_arguments(
         float(dropout_p), dropout_seed if dropout_p else None, aux_coefs,
         *(fisher or (None,) * 6),
     )  # fmt: skip
+
+
+def _refuse_weights(weights: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
+    """Say which of the adapter's weights has a wrong shape or dtype."""
+    origins = (
+        ("lora_A", "ranks and the last size of x"),
+        ("lora_B", "ranks and the base's outputs"),
+        ("router_weight", "len(ranks) and x's last size"),
+    )
+    for (name, why), tensor, shape in zip(origins, weights, shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} from {why}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.dtype != weights[0].dtype:
+            raise ValueError(
+                f"lora_A, lora_B and router_weight must share one floating point dtype, "
+                f"got {weights[0].dtype} and {name} in {tensor.dtype}"
+            )

@@ -14,6 +14,7 @@ columns, C columns of z. ``functional/moe_lora.py`` flattened and checked.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -214,15 +215,19 @@ def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]
                 "got a second backward through the same graph"
             )
         ctx.counted = True
-    needs = [ctx.needs_input_grad[i] for i in ctx.positions]
-    with torch.no_grad():
+    wants = ctx.needs_input_grad
+    needs = [wants[i] for i in ctx.positions]
+    create_graph = torch.is_grad_enabled()
+    with torch.no_grad() if create_graph else nullcontext():
         grads = moe_lora_backward(
             grad_out, x, weight if has_base else None, lora_A, lora_B, router_weight, *rest[:5],
             *ctx.config[:3], rest[5], ctx.config[3], rest[6], rest[7], needs, *ctx.fisher,
         )  # fmt: skip
-    if torch.is_grad_enabled():  # create_graph=True
+    if create_graph:
         operands = (grad_out, x, lora_A, lora_B, router_weight)
         grads = DifferentiatedOnce.apply(4, *grads, *operands)  # type: ignore[no-untyped-call]
+    if all(needs):
+        return list(grads)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
@@ -295,51 +300,63 @@ class _EagerFunction(torch.autograd.Function):
 
     What ``register_autograd`` makes of the same functions serves tracing and transforms; it reads
     the schema anew on every call, which takes longer than the operator does for one token.
-    ``apply`` looks at each of its arguments, so those that get no gradient come in one tuple.
+    ``apply`` looks at each of its arguments and outputs, so arguments without a gradient come in
+    one tuple, and outputs without one go into a list.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, base: Any, bias: Any, lora_A: Tensor, lora_B: Tensor,
-        router_weight: Tensor, rest: tuple[Any, ...],
-    ) -> Forward:  # fmt: skip
+        router_weight: Tensor, rest: tuple[Any, ...], routing: list[Tensor],
+    ) -> Tensor:  # fmt: skip
         shared = (lora_A, lora_B, router_weight, *rest)
         ctx.linear = bias is not _FOREIGN
-        with torch._C._AutoDispatchBelowAutograd():
-            output: Forward = (
-                moe_lora_linear(x, base, bias, *shared)
-                if ctx.linear
-                else moe_lora(x, base, *shared)
-            )
+        output = _run(x, base, bias, shared)
         ctx.positions = (0, 3, 4, 5)
         _setup(ctx, x, base if ctx.linear else None, shared, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+        routing.extend(output[1:])
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 7
+            return (None,) * 8
         dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=ctx.linear)
-        return dx, None if ctx.linear else grad_out, None, dA, dB, drouter, None
+        return dx, None if ctx.linear else grad_out, None, dA, dB, drouter, None, None
 
 
 _FOREIGN = object()
 """In place of a bias: the base is an output, not a weight."""
 
 
+def _run(x: Tensor, base: Tensor, bias: Any, shared: tuple[Any, ...]) -> Forward:
+    """Call either operator, past what autograd has registered for it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if bias is _FOREIGN:
+            return moe_lora(x, base, *shared)  # type: ignore[no-any-return]
+        return moe_lora_linear(x, base, bias, *shared)  # type: ignore[no-any-return]
+
+
+def _eager(x: Tensor, base: Tensor, bias: Any, shared: tuple[Any, ...]) -> Forward:
+    if not torch.is_grad_enabled():
+        return _run(x, base, bias, shared)
+    routing: list[Tensor] = []
+    out = _EagerFunction.apply(x, base, bias, *shared[:3], shared[3:], routing)  # type: ignore[no-untyped-call]
+    return out, *routing
+
+
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Forward:
     """Call ``floe::moe_lora_linear``, the shorter way where nothing traces or transforms it."""
     if is_traced():
         return moe_lora_linear(x, weight, bias, *shared)  # type: ignore[no-any-return]
-    return _EagerFunction.apply(x, weight, bias, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
+    return _eager(x, weight, bias, shared)
 
 
 def call(x: Tensor, base_out: Tensor, *shared: Any) -> Forward:
     """Call ``floe::moe_lora``, the shorter way where nothing traces or transforms it."""
     if is_traced():
         return moe_lora(x, base_out, *shared)  # type: ignore[no-any-return]
-    return _EagerFunction.apply(x, base_out, _FOREIGN, *shared[:3], shared[3:])  # type: ignore[no-any-return, no-untyped-call]
+    return _eager(x, base_out, _FOREIGN, shared)
 
 
 def is_traced() -> bool:

@@ -168,7 +168,7 @@ void check_gather_expand(int64_t T, int64_t rank, int64_t O, std::mt19937& rando
   on_threads(ceil_div(O, Tested::NR), [&](int64_t begin, int64_t end) {
     std::vector<char> scratch((T + ceil_div(rank, 2)) * Tested::NR * 4);
     const TileScope scope;
-    for (int64_t p = begin; p < end; ++p) Tested::gather_expand(g, p, scratch.data());
+    for (int64_t p = begin; p < end; ++p) Tested::gather_expand(g, p, p + 1, scratch.data());
   });
   for (int64_t i = 0; i < T * O; ++i) {
     const int64_t t = i / O;

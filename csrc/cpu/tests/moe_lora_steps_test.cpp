@@ -179,13 +179,16 @@ struct Suite {
     const Segment segment{0, M, up.matrix(dtype)};
     std::vector<scalar_t> out(T * O);
     on_threads((O + kernels.nr - 1) / kernels.nr, [&](int64_t begin, int64_t end) {
-      std::vector<char> scratch((T + ld + 8) * kernels.nr * 8);
+      const int64_t most = expand_panels(kernels, T, ld);
+      std::vector<char> scratch(expand_scratch(kernels, T, ld, most));
       GatherExpand expand{};
       expand.end = T, expand.O = O, expand.segments = &segment, expand.num_segments = 1;
       expand.tokens = rows.data(), expand.slots = slots.data(), expand.ld_slots = ld;
       expand.scale = 1, expand.base = base.data.data(), expand.out = out.data();
       expand.ld_base = expand.ld_out = O;
-      for (int64_t p = begin; p < end; ++p) kernels.gather_expand(expand, p, scratch.data());
+      for (int64_t p = begin; p < end; p += most) {
+        kernels.gather_expand(expand, p, std::min(end, p + most), scratch.data());
+      }
     });
     for (int64_t i = 0; i < T * O; ++i) {
       double expected = base.values[i];
