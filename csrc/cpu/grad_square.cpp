@@ -1,12 +1,11 @@
 // floe::segment_grad_square on CPU: pieces and panels, threads, and the ordered sums over panels.
-#include "cpu/grad_square_call.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
 
+#include "cpu/grad_square_call.h"
 #include "cpu/grad_square_kernels.h"
 
 namespace floe {
