@@ -59,7 +59,8 @@ class Equations:
         return STAND_IN.sub(lambda m: self.known[int(m[1])], html)
 
     def _word(self, tex: str, display: str) -> str:
-        self.known.append(convert(textwrap.dedent(tex).strip(), display=display))
+        tex = textwrap.dedent(tex).strip().replace(r"\|", "‖")  # which is unknown there after \Big
+        self.known.append(convert(tex, display=display))
         return f"EQUATION{len(self.known) - 1}X"
 
 
