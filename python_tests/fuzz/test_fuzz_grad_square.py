@@ -50,7 +50,7 @@ def either_way(g, x, offsets, scale, norms, sums):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@drawn(0.05)
+@drawn(0.03)
 @given(case=sample_cases())
 def test_squares(backend, tried, case):
     with running(backend):

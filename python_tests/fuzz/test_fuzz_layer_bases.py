@@ -90,7 +90,7 @@ def check(backend, case, t, base, autocast, effective):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@drawn(0.015)
+@drawn(0.01)
 @given(
     case=cases(),
     dtype=st.sampled_from([FP32, BF16, FP16]),

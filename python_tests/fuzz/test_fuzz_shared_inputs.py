@@ -89,7 +89,7 @@ def check(drawn_cases, used):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@drawn(0.02)
+@drawn(0.015)
 @given(drawn_siblings=siblings())
 def test_shared_inputs(backend, tried, drawn_siblings):
     with running(backend):

@@ -62,7 +62,7 @@ def outcome(case):
 
 
 @pytest.mark.parametrize("backend", SETS)
-@drawn(0.02)
+@drawn(0.015)
 @given(case=cases(), tokens=TOKENS)
 def test_layer_on_any_threads(backend, tried, case, tokens):
     case = dataclasses.replace(case, tokens=tokens)
@@ -72,7 +72,7 @@ def test_layer_on_any_threads(backend, tried, case, tokens):
 
 
 @pytest.mark.parametrize("backend", SETS)
-@drawn(0.015)
+@drawn(0.01)
 @given(case=sample_cases(), width=st.sampled_from([0, 1, 33, 300]))
 def test_squares_on_any_threads(backend, tried, case, width):
     case["columns"] = width
@@ -88,7 +88,7 @@ def test_squares_on_any_threads(backend, tried, case, width):
 
 
 @pytest.mark.parametrize("backend", SETS)
-@drawn(0.01)
+@drawn(0.005)
 @given(case=cases(), tokens=TOKENS)
 def test_routing_on_any_threads(backend, tried, case, tokens):
     generator = torch.Generator().manual_seed(case.seed)
