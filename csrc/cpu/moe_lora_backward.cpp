@@ -119,7 +119,7 @@ void weight_grads(const cpu::Kernels& kernels, const cpu::RowsOf& from,
   const int64_t together = cpu::grad_panels(kernels, N);
   loops.add(panels, [=, &kernels, grads = std::move(grads)](int64_t begin, int64_t end) {
     const int64_t most = std::min(together, end - begin);
-    const cpu::Scratch scratch(cpu::grad_scratch(kernels, N, most));
+    const cpu::Scratch scratch(cpu::grad_scratch(kernels, N, most, from.cols));
     for (int64_t p = begin; p < end; p += most) {
       kernels.weight_grad(from, p, std::min(end, p + most), grads.data(),
                           static_cast<int64_t>(grads.size()), scratch.get());

@@ -52,11 +52,9 @@ struct Grouped {
         const cpu::Run& run = runs[i];
         kernels.gather_dots(gathered(slots, run, in.grad_out.const_data_ptr(), layer.O, lora_B,
                                      layer.first[run.expert], layer.rank(run.expert), u.get(), ld));
-        for (int64_t s = run.begin; s < run.end; ++s) {
-          slot(slots, run.expert, s, u.get<wide>() + (s - run.begin) * ld, dz.get<elem>() + s * ld,
-               ld, tiles_of(dz_tiled, run.expert), tiles_of(h_tiled, run.expert),
-               grad_gates.get<wide>());
-        }
+        slot_grads(slots, run, u.get(), dz.get<elem>() + run.begin * ld, ld,
+                   tiles_of(dz_tiled, run.expert), tiles_of(h_tiled, run.expert),
+                   grad_gates.get<wide>());
       }
     });
     first.run();
@@ -90,7 +88,7 @@ struct Grouped {
           std::clamp<int64_t>(E * panels / tasks, 1, cpu::grad_panels(kernels, rows));
       const int64_t groups = (panels + most - 1) / most;
       last.add(E * groups, [=, this, &slots, &tiled, &tiles_of](int64_t begin, int64_t end) {
-        const cpu::Scratch scratch(cpu::grad_scratch(kernels, rows, most));
+        const cpu::Scratch scratch(cpu::grad_scratch(kernels, rows, most, columns));
         for (int64_t i = begin; i < end; ++i) {
           const int64_t e = i / groups, row = layer.first[e] * columns, p = i % groups * most;
           auto* data = static_cast<char*>(to.mutable_data_ptr()) +
@@ -129,30 +127,28 @@ struct Grouped {
     }
   }
 
-  // One slot of u: its token's gradient of this gate, and its share of every other gradient.
-  void slot(const cpu::Slots& slots, int64_t e, int64_t s, const wide* u, elem* dz, int64_t ld,
-            const cpu::Tiled<elem>& dz_tiled, const cpu::Tiled<elem>& h_tiled,
-            wide* grad_gates) const {
-    const int64_t t = slots.token[s], first = layer.first[e], rank = layer.rank(e);
-    const int64_t i = t * layer.K + slots.choice[s], local = s - slots.first[e];
-    const auto* z = static_cast<const scalar_t*>(in.z.const_data_ptr()) + t * layer.C + first;
-    const wide gate = static_cast<const wide*>(in.gates.const_data_ptr())[i];
-    grad_gates[i] = cpu::gate_gradient(layer, e, z, u);
-    std::fill_n(dz, ld, elem{});
-    const wide* scaling = layer.scaling.data() + first;
-    auto tiled = dz_tiled.cursor(0, local), h = h_tiled.cursor(0, local);
-    for (int64_t c = 0; c < rank; ++c) {
-      dz[c] = cpu::narrow<elem>(scaling[c] * gate * u[c]);
-      tiled.put(dz[c]);
-      h.put(cpu::narrow<elem>(scaling[c] * gate * cpu::widen(z[c])));
-    }
-    if (!in.keeps_rows) return;
-    const auto row = [&](const Tensor& to, int64_t columns) {
-      return static_cast<scalar_t*>(to.mutable_data_ptr()) + t * columns;
-    };
-    cpu::mix(layer, e, gate, z, row(rows.h, layer.R) + first);
-    for (int64_t c = 0; c < rank; ++c) {
-      row(rows.grad_z, layer.C)[first + c] = cpu::narrow<scalar_t>(cpu::widen(dz[c]));
+  // From u of one run: its tokens' gradients of their gates, and its share of every other gradient.
+  void slot_grads(const cpu::Slots& slots, const cpu::Run& run, const void* u, elem* dz, int64_t ld,
+                  const cpu::Tiled<elem>& dz_tiled, const cpu::Tiled<elem>& h_tiled,
+                  wide* grad_gates) const {
+    const int64_t e = run.expert, first = layer.first[e], rank = layer.rank(e);
+    const auto* z = static_cast<const scalar_t*>(in.z.const_data_ptr());
+    const int64_t begin = run.begin - slots.first[e];  // a multiple of kSlotsPerTask
+    kernels.slot_grads({run.end - run.begin, rank, layer.scaling.data() + first, u, ld, z + first,
+                        layer.C, in.gates.const_data_ptr(), slots.token.data() + run.begin,
+                        slots.choice.data() + run.begin, layer.K, grad_gates, dz, ld, dz_tiled.data,
+                        h_tiled.data, dz_tiled.Q, begin / kernels.pack});
+    for (int64_t s = run.begin; s < run.end && in.keeps_rows; ++s) {
+      const int64_t t = slots.token[s], i = t * layer.K + slots.choice[s];
+      const auto row = [&](const Tensor& to, int64_t columns) {
+        return static_cast<scalar_t*>(to.mutable_data_ptr()) + t * columns + first;
+      };
+      const wide gate = static_cast<const wide*>(in.gates.const_data_ptr())[i];
+      cpu::mix(layer, e, gate, z + t * layer.C + first, row(rows.h, layer.R));
+      for (int64_t c = 0; c < rank; ++c) {
+        row(rows.grad_z, layer.C)[c] =
+            cpu::narrow<scalar_t>(cpu::widen(dz[(s - run.begin) * ld + c]));
+      }
     }
   }
 

@@ -85,6 +85,26 @@ struct GatherDots {  // sums (M, N) = rows[0..M] of x times rows of w
 
 inline constexpr int64_t kDotScratchRows = 8;
 
+// M slots of one expert, from u = dy lora_B^T to what multiplies x and dy in every gradient.
+struct SlotGrads {
+  int64_t M, rank;
+  const void* scaling;  // (rank,) sums' type
+  const void* u;        // (M, rank)
+  int64_t ld_u;
+  const void* z;  // (tokens, C) from the expert's first column on, in x's dtype
+  int64_t C;
+  const void* gates;      // (tokens, K)
+  const int64_t* tokens;  // of every slot
+  const int64_t* choices;
+  int64_t K;
+  void* grad_gates;  // (tokens, K) sums of scaling * z * u
+  void* dz;          // (M, ld_dz) elements, scaling * gate * u, then zeros to the end of a unit
+  int64_t ld_dz;
+  // (rank / mr, Q, mr) units of dz and of h = scaling * gate * z; the first slot's is unit q
+  void *dz_tiled, *h_tiled;
+  int64_t Q, q;
+};
+
 struct Segment {  // an expert's slots: rows of `first`, and their tokens
   int64_t begin, end;
   Matrix weight;  // its (r, O) rows
@@ -122,24 +142,35 @@ struct Kernels {
   void (*weight_grad)(const RowsOf&, int64_t first, int64_t last, const WeightGrad*, int64_t count,
                       void* scratch);
   void (*gather_dots)(const GatherDots&);
+  void (*slot_grads)(const SlotGrads&);
   // Columns of panels first..last; see expand_panels and expand_scratch.
   void (*gather_expand)(const GatherExpand&, int64_t first, int64_t last, void* scratch);
 };
 
-// Rows of a panel that weight_grad packs at a time, in units.
+// Rows of sums up to which weight_grad packs whole rows of a few thousand columns.
+inline constexpr int64_t kFewSums = 32;
 inline constexpr int64_t kGradUnits = 128;
+
+// Rows of a panel that weight_grad packs at a time, in units, for N rows of sums. A function of
+// shapes alone: the order of the sums follows from it, whoever computes which panels.
+inline int64_t grad_units(int64_t nr, int64_t N, int64_t columns) {
+  const int64_t panels = (columns + nr - 1) / nr;
+  if (N > kFewSums || panels <= 16) return kGradUnits;
+  const int64_t fit = (384 << 10) / ((panels < 48 ? panels : 48) * nr * 4) / 4 * 4;
+  return fit < kGradUnits ? fit : kGradUnits;
+}
 
 // Panels that weight_grad should work on together where its gradients have N rows, each rounded up
 // to mr: as many as leave their sums in L2, since the longer the runs in which rows are read, the
 // less it waits for memory.
 inline int64_t grad_panels(const Kernels& kernels, int64_t N) {
-  const int64_t fit = (768 << 10) / ((N + 1) * kernels.nr * 4);
-  return fit < 1 ? 1 : fit < 16 ? fit : 16;
+  const int64_t fit = (768 << 10) / ((N + 1) * kernels.nr * 4), most = N > kFewSums ? 16 : 48;
+  return fit < 1 ? 1 : fit < most ? fit : most;
 }
 
-// Bytes of weight_grad's scratch for so many panels.
-inline int64_t grad_scratch(const Kernels& kernels, int64_t N, int64_t panels) {
-  return panels * (N + kGradUnits) * kernels.nr * 8;
+// Bytes of weight_grad's scratch for so many panels of a matrix.
+inline int64_t grad_scratch(const Kernels& kernels, int64_t N, int64_t panels, int64_t columns) {
+  return panels * (N + grad_units(kernels.nr, N, columns)) * kernels.nr * 8;
 }
 
 // Panels that gather_expand should work on together for M tokens and slots `ld` long: as with

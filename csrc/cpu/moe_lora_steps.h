@@ -167,14 +167,14 @@ struct Steps {
 
   static void weight_grad(const RowsOf& rows, int64_t first, int64_t last, const WeightGrad* grads,
                           int64_t count, void* scratch) {
-    constexpr int64_t kPanel = kGradUnits * NR;  // half of L1 for pairs of bfloat16
-    auto* packed = static_cast<unit*>(scratch);
-    auto* sums = reinterpret_cast<acc*>(packed + (last - first) * kPanel);
     int64_t size = 0;  // of one panel's sums
     for (int64_t i = 0; i < count; ++i) size += ceil_div(grads[i].N, MR) * MR * NR;
-    const int64_t Q = units<V>(rows.T);
-    for (int64_t q0 = 0; q0 < Q; q0 += kGradUnits) {
-      const int64_t k0 = q0 * V::kPack, K = least(kGradUnits * V::kPack, rows.T - k0);
+    const int64_t Q = units<V>(rows.T), step = grad_units(NR, size / NR, rows.cols);
+    const int64_t panel_size = step * NR;
+    auto* packed = static_cast<unit*>(scratch);
+    auto* sums = reinterpret_cast<acc*>(packed + (last - first) * panel_size);
+    for (int64_t q0 = 0; q0 < Q; q0 += step) {
+      const int64_t k0 = q0 * V::kPack, K = least(step * V::kPack, rows.T - k0);
       int64_t at = 0;
       for (int64_t i = 0; i < count; ++i) {
         const WeightGrad& grad = grads[i];
@@ -182,7 +182,7 @@ struct Steps {
           floe::cpu::pack_panels<V>(
               Rows<scalar_t>{static_cast<const scalar_t*>(rows.data), rows.ld, rows.rows, rows.mask,
                              grad.keep ? rows.keep : nullptr, rows.keep_ld},
-              k0, K, rows.cols, first, last, kPanel, 0, packed);
+              k0, K, rows.cols, first, last, panel_size, 0, packed);
         }
         for (int64_t p = first; p < last; ++p) {
           const int64_t width = panel_width<V>(rows.cols, p);
@@ -191,7 +191,7 @@ struct Steps {
             const auto* a =
                 static_cast<const elem*>(grad.coefficients) + (m * Q + q0 * MR) * V::kPack;
             any_tile<V>(least(MR, grad.N - m), units<V>(K), a, V::kPack, MR * V::kPack,
-                        packed + (p - first) * kPanel, width, to, NR, q0 > 0);
+                        packed + (p - first) * panel_size, width, to, NR, q0 > 0);
           }
         }
         at += ceil_div(grad.N, MR) * MR * NR;
@@ -225,7 +225,72 @@ struct Steps {
     }
   }
 
+  static void slot_grads(const SlotGrads& s) {
+    using W = typename V::Wide;
+    const auto* scaling = static_cast<const acc*>(s.scaling);
+    const auto* gates = static_cast<const acc*>(s.gates);
+    auto* grad_gates = static_cast<acc*>(s.grad_gates);
+    alignas(64) elem dz[V::kPack][V::kLanes], h[V::kPack][V::kLanes];
+    alignas(64) unit pairs[V::kLanes];
+    const elem *dz_rows[V::kPack], *h_rows[V::kPack];
+    for (int i = 0; i < V::kPack; ++i) dz_rows[i] = dz[i], h_rows[i] = h[i];
+    for (int64_t m = 0; m < s.M; m += V::kPack) {
+      acc sums[V::kPack] = {};
+      for (int64_t c = 0; c < s.rank; c += V::kLanes) {
+        const int64_t count = least(V::kLanes, s.rank - c);
+        alignas(64) acc factor[V::kLanes] = {}, u[V::kLanes] = {};
+        alignas(64) scalar_t z[V::kLanes] = {};
+        std::memcpy(factor, scaling + c, count * sizeof(acc));
+        for (int64_t i = 0; i < V::kPack; ++i) {
+          typename V::reg du = V::zero(), mixed = V::zero();
+          if (m + i < s.M) {
+            const int64_t t = s.tokens[m + i];
+            const acc gate = gates[t * s.K + s.choices[m + i]];
+            std::memcpy(u, static_cast<const acc*>(s.u) + (m + i) * s.ld_u + c,
+                        count * sizeof(acc));
+            std::memcpy(static_cast<void*>(z), static_cast<const scalar_t*>(s.z) + t * s.C + c,
+                        count * sizeof(scalar_t));
+            const typename V::reg scaled =
+                W::multiply_add(V::zero(), V::load(factor), V::load_wide(z));
+            sums[i] += W::total(W::multiply_add(V::zero(), scaled, V::load(u)));
+            mixed = V::scale(scaled, gate);
+            du = V::scale(W::multiply_add(V::zero(), V::load(factor), V::load(u)), gate);
+          }
+          V::store_narrow(dz[i], du), V::store_narrow(h[i], mixed);
+          if (m + i < s.M) {
+            auto* row = static_cast<elem*>(s.dz) + (m + i) * s.ld_dz + c;
+            std::memcpy(static_cast<void*>(row), dz[i],
+                        least(V::kLanes, s.ld_dz - c) * sizeof *row);
+          }
+        }
+        V::interleave(dz_rows, 0, pairs);
+        scatter_units(pairs, c, count, s.q + m / V::kPack, s.Q, s.dz_tiled);
+        V::interleave(h_rows, 0, pairs);
+        scatter_units(pairs, c, count, s.q + m / V::kPack, s.Q, s.h_tiled);
+      }
+      for (int64_t i = 0; i < V::kPack && m + i < s.M; ++i) {
+        grad_gates[s.tokens[m + i] * s.K + s.choices[m + i]] = sums[i];
+      }
+    }
+  }
+
+  // Unit q of columns c..c + count, to their place in tiles of mr columns.
+  static FLOE_INLINE void scatter_units(const unit* from, int64_t c, int64_t count, int64_t q,
+                                        int64_t Q, void* tiled) {
+    auto* to = static_cast<unit*>(tiled);
+    for (int64_t n = c; n < c + count; ++n) to[(n / MR * Q + q) * MR + n % MR] = from[n - c];
+  }
+
+  // A block of this many elements of a few dozen rows of w stays in L1 while all rows of x pass.
+  static constexpr int64_t kDotBlock = V::kPack == 1 ? 1 << 30 : 1024;
+
   static void gather_dots(const GatherDots& g) {
+    if (g.keep || g.K <= kDotBlock || g.w_dtype == Dtype::kFloat32) return dot_block(g, 0, g.K);
+    for (int64_t k = 0; k < g.K; k += kDotBlock) dot_block(g, k, least(kDotBlock, g.K - k));
+  }
+
+  // The share of elements k0..k0 + K in the sums.
+  static void dot_block(const GatherDots& g, int64_t k0, int64_t K) {
     const auto* x = static_cast<const scalar_t*>(g.x);
     auto* staged = static_cast<elem*>(g.scratch);
     for (int64_t m = 0; m < g.M; m += V::kDotM) {
@@ -235,7 +300,7 @@ struct Steps {
       const elem* dropped[V::kDotM];
       for (int64_t i = 0; i < M; ++i) {
         const int64_t t = g.rows ? g.rows[m + i] : g.first + m + i;
-        rows[i] = x + t * g.ld;
+        rows[i] = x + t * g.ld + k0;
         if (g.keep) {
           stage_row<V>(rows[i], g.K, g.keep + t * g.keep_ld, 0, staged + i * (g.K + 1));
           dropped[i] = staged + i * (g.K + 1);
@@ -244,7 +309,8 @@ struct Steps {
       if (g.keep) {
         dots<V>(M, dropped, g.N, static_cast<const scalar_t*>(g.w), g.ld_w, g.K, sums, g.ld_sums);
       } else if (std::is_same_v<scalar_t, float> || g.w_dtype != Dtype::kFloat32) {
-        dots<V>(M, rows, g.N, static_cast<const scalar_t*>(g.w), g.ld_w, g.K, sums, g.ld_sums);
+        dots<V>(M, rows, g.N, static_cast<const scalar_t*>(g.w) + k0, g.ld_w, K, sums, g.ld_sums,
+                k0 > 0);
       } else {  // float32 weights: neither side is rounded
         dots<typename V::Wide>(M, rows, g.N, static_cast<const float*>(g.w), g.ld_w, g.K, sums,
                                g.ld_sums);
@@ -324,9 +390,9 @@ struct Steps {
   }
 
   static constexpr Kernels table(Dtype elem_dtype) {
-    return {elem_dtype,   V::kPack,      MR,      NR,           V::kLanes, &pack_columns,
-            &pack_rows,   &keep_bits,    &shrink, &narrow_rows, &expand,   &weight_grad,
-            &gather_dots, &gather_expand};
+    return {elem_dtype,    V::kPack,     MR,           NR,          V::kLanes,
+            &pack_columns, &pack_rows,   &keep_bits,   &shrink,     &narrow_rows,
+            &expand,       &weight_grad, &gather_dots, &slot_grads, &gather_expand};
   }
 };
 

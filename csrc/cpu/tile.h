@@ -207,10 +207,10 @@ void pack_panels(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t cols
   }
 }
 
-// out (MT, NT) = dot products of rows of x with rows of w, K elements each.
+// out (MT, NT) = dot products of rows of x with rows of w, K elements each; or += these.
 template <typename V, int MT, int NT, typename x_t, typename w_t>
-void dot_tile(int64_t K, const x_t* const* x, const w_t* const* w, typename V::acc* out,
-              int64_t ld) {
+void dot_tile(int64_t K, const x_t* const* x, const w_t* const* w, typename V::acc* out, int64_t ld,
+              bool add) {
   constexpr int64_t kStep = V::kLanes * V::kPack;
   typename V::reg sum[MT][NT];
 #pragma GCC unroll 8
@@ -249,33 +249,36 @@ void dot_tile(int64_t K, const x_t* const* x, const w_t* const* w, typename V::a
     step(xs, ws, 0);
   }
   for (int m = 0; m < MT; ++m) {
-    for (int n = 0; n < NT; ++n) out[m * ld + n] = V::total(sum[m][n]);
+    for (int n = 0; n < NT; ++n) {
+      const typename V::acc total = V::total(sum[m][n]);
+      out[m * ld + n] = add ? out[m * ld + n] + total : total;
+    }
   }
 }
 
 template <typename V, int MT, typename x_t, typename w_t>
 FLOE_INLINE void dot_columns(int64_t N, int64_t K, const x_t* const* x, const w_t* const* w,
-                             typename V::acc* out, int64_t ld) {
+                             typename V::acc* out, int64_t ld, bool add) {
   switch (N) {
     case 1:
-      return dot_tile<V, MT, 1>(K, x, w, out, ld);
+      return dot_tile<V, MT, 1>(K, x, w, out, ld, add);
     case 2:
-      return dot_tile<V, MT, 2>(K, x, w, out, ld);
+      return dot_tile<V, MT, 2>(K, x, w, out, ld, add);
     case 3:
-      return dot_tile<V, MT, 3>(K, x, w, out, ld);
+      return dot_tile<V, MT, 3>(K, x, w, out, ld, add);
     case 4:
-      if constexpr (V::kDotN >= 4) return dot_tile<V, MT, 4>(K, x, w, out, ld);
+      if constexpr (V::kDotN >= 4) return dot_tile<V, MT, 4>(K, x, w, out, ld, add);
     case 5:
-      if constexpr (V::kDotN >= 5) return dot_tile<V, MT, 5>(K, x, w, out, ld);
+      if constexpr (V::kDotN >= 5) return dot_tile<V, MT, 5>(K, x, w, out, ld, add);
     case 6:
-      if constexpr (V::kDotN >= 6) return dot_tile<V, MT, 6>(K, x, w, out, ld);
+      if constexpr (V::kDotN >= 6) return dot_tile<V, MT, 6>(K, x, w, out, ld, add);
   }
 }
 
 // The same for M <= kDotM rows x[m] and any number N of rows of w, ld_w elements apart.
 template <typename V, typename x_t, typename w_t>
 void dots(int64_t M, const x_t* const* x, int64_t N, const w_t* w, int64_t ld_w, int64_t K,
-          typename V::acc* out, int64_t ld) {
+          typename V::acc* out, int64_t ld, bool add = false) {
   const int64_t tiles = ceil_div(N, V::kDotN), size = tiles ? ceil_div(N, tiles) : 0;
   for (int64_t n = 0; n < N; n += size) {
     const w_t* rows[V::kDotN];
@@ -283,16 +286,16 @@ void dots(int64_t M, const x_t* const* x, int64_t N, const w_t* w, int64_t ld_w,
     for (int64_t i = 0; i < count; ++i) rows[i] = w + (n + i) * ld_w;
     switch (M) {
       case 1:
-        dot_columns<V, 1>(count, K, x, rows, out + n, ld);
+        dot_columns<V, 1>(count, K, x, rows, out + n, ld, add);
         break;
       case 2:
-        dot_columns<V, 2>(count, K, x, rows, out + n, ld);
+        dot_columns<V, 2>(count, K, x, rows, out + n, ld, add);
         break;
       case 3:
-        if constexpr (V::kDotM >= 3) dot_columns<V, 3>(count, K, x, rows, out + n, ld);
+        if constexpr (V::kDotM >= 3) dot_columns<V, 3>(count, K, x, rows, out + n, ld, add);
         break;
       case 4:
-        if constexpr (V::kDotM >= 4) dot_columns<V, 4>(count, K, x, rows, out + n, ld);
+        if constexpr (V::kDotM >= 4) dot_columns<V, 4>(count, K, x, rows, out + n, ld, add);
         break;
     }
   }

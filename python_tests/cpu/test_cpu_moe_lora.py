@@ -42,6 +42,7 @@ CASES = {
     "no columns": (9, 40, 24, [0, 0], 1, {}),
     "several blocks": (530, 1100, 200, [16, 16, 16, 16], 2, {}),
     "large R": (90, 130, 70, [64] * 16, 2, {"mask": True, "aux": True}),
+    "long rows": (70, 1100, 200, [8] * 16, 2, {}),
     "large R, one hot expert": (90, 130, 70, [64, 0, 900, 64], 1, {"hot": True}),
 }
 DTYPES = {
@@ -233,7 +234,9 @@ def test_a_bad_token_spoils_its_own_row_only(isa, name):
     assert spoilt[5].isnan().all()
 
 
-@pytest.mark.parametrize("name", ["several blocks", "large R", "many experts", "dropout"])
+@pytest.mark.parametrize(
+    "name", ["several blocks", "long rows", "large R", "many experts", "dropout"]
+)
 def test_threads_do_not_change_a_bit(name):
     operands, route, aux = draw(name, "bf16")
     # without a base: how torch's own product sums is not ours to promise

@@ -145,7 +145,7 @@ struct Suite {
     const WeightGrad grad{N, tiled.data(), true, 1.5, out.data(), dtype, cols};
     on_threads((cols + kernels.nr - 1) / kernels.nr, [&](int64_t begin, int64_t end) {
       const int64_t rows_of_sums = tiles * kernels.mr;
-      std::vector<char> scratch(grad_scratch(kernels, rows_of_sums, end - begin));
+      std::vector<char> scratch(grad_scratch(kernels, rows_of_sums, end - begin, cols));
       kernels.weight_grad({x.data.data(), cols, cols, gather ? rows.data() : nullptr, count,
                            mask.get(), keep.data(), ld_keep},
                           begin, end, &grad, 1, scratch.data());
@@ -211,6 +211,7 @@ struct Suite {
     shrink(9, 1100, 5);
     expand(3, 600, 2, 20);
     weight_grad(530, 9, 20, false);
+    weight_grad(300, 9, 17 * kernels.nr + 5, true);  // longer rows, fewer at a time
   }
 };
 
