@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 
 from counting import KILLS, SURVIVED
@@ -29,9 +30,9 @@ MOMENTS = {
 }
 
 
-def kill_somewhere(folder, arguments, draw):
+def kill_at(moment, folder, arguments, draw):
     """Start, wait for a moment and a little more, kill; say whether there was someone to kill."""
-    moment, late = draw.choice([*MOMENTS]), draw.choice([0.0, 0.02, 0.1, 0.5])
+    late = draw.choice([0.0, 0.02, 0.1, 0.5])
     started, limit = start(folder, arguments), time.monotonic() + 250
     while not MOMENTS[moment](folder) and started.process.is_alive():
         assert time.monotonic() < limit, f"never came to {moment}"
@@ -47,8 +48,10 @@ def test_kills_lose_nothing(arguments, undisturbed, tmp_path):
     while kills < KILLS:
         runs += 1
         folder = tmp_path / str(runs)
-        for _ in range(min(KILLS - kills, draw.randint(3, 12))):
-            if not kill_somewhere(folder, arguments, draw):
+        # in the run's own order: once it is drawing its report, it does nothing else
+        moments = draw.choices(range(len(MOMENTS)), k=min(KILLS - kills, draw.randint(3, 12)))
+        for moment in sorted(moments):
+            if not kill_at([*MOMENTS][moment], folder, arguments, draw):
                 break  # it was over before
             kills += 1
             SURVIVED[f"killed in {phase(folder)}"] += 1
@@ -61,14 +64,16 @@ def test_kills_lose_nothing(arguments, undisturbed, tmp_path):
 def test_a_second_process_says_so_and_disturbs_nothing(arguments, undisturbed, tmp_path):
     first = start(tmp_path, arguments)
     limit = time.monotonic() + 250
+    while not lines(tmp_path, "trial"):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    os.kill(first.process.pid, signal.SIGSTOP)  # it must not be over before the others came
     for _ in range(1 if KILLS < 50 else 5):
-        while not lines(tmp_path, "trial"):
-            assert time.monotonic() < limit
-            time.sleep(0.01)
         code, said = finished(start(tmp_path, arguments))
         assert code == 1
         assert f"process {first.process.pid} does: wait for it" in sentence(said)
         SURVIVED["second process refused"] += 1
+    os.kill(first.process.pid, signal.SIGCONT)
     assert finished(first)[0] == 0
     assert_same(tmp_path, undisturbed)
 
