@@ -23,13 +23,15 @@ struct Amx : Base {
 // Fewer rows than four leave most of every tile empty.
 constexpr int64_t kFewestRows = 4, kFewestUnits = 128;
 
-// Units (count, 16), their rows `ld` units apart, transposed; columns from `count` on become zero.
+// Units (count, 16), their rows `bytes` apart, transposed to rows `ld` units apart; columns from
+// `count` on become zero.
 template <typename V>
-FLOE_INLINE void transpose(int64_t count, const char* from, int64_t ld, uint32_t* to) {
+FLOE_INLINE void transpose(int64_t count, const void* from, int64_t bytes, uint32_t* to,
+                           int64_t ld) {
   for (int64_t q = 0; q < kTileUnits; ++q) {
     uint32_t row[kTileRows] = {};
-    if (q < count) std::memcpy(row, from + q * ld * 4, sizeof row);
-    for (int64_t m = 0; m < kTileRows; ++m) to[m * kTileUnits + q] = row[m];
+    if (q < count) std::memcpy(row, static_cast<const char*>(from) + q * bytes, sizeof row);
+    for (int64_t m = 0; m < kTileRows; ++m) to[m * ld + q] = row[m];
   }
 }
 
@@ -63,7 +65,7 @@ void tile_of_registers(int64_t M, int64_t Q, const BFloat16* a, int64_t a_m, int
       if (by_rows) {
         copy_rows(M, count, from, a_m, left);
       } else {
-        transpose<V>(count, reinterpret_cast<const char*>(from), a_q / V::kPack, left);
+        transpose<V>(count, from, a_q * 2, left, kTileUnits);
       }
       load_left(left, kTileBytes);
     }

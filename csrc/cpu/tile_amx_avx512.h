@@ -11,12 +11,14 @@ using AmxBf16 = Amx<Avx512Bf16>;
 
 // Four rounds swap the lanes and rows whose numbers differ in one bit.
 template <>
-FLOE_INLINE void transpose<AmxBf16>(int64_t count, const char* from, int64_t ld, uint32_t* to) {
+FLOE_INLINE void transpose<AmxBf16>(int64_t count, const void* from, int64_t bytes, uint32_t* to,
+                                    int64_t ld) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i rows[16];
 #pragma GCC unroll 16
   for (int q = 0; q < 16; ++q) {
-    rows[q] = q < count ? _mm512_loadu_si512(from + q * ld * 4) : _mm512_setzero_si512();
+    const char* row = static_cast<const char*>(from) + q * bytes;
+    rows[q] = q < count ? _mm512_loadu_si512(row) : _mm512_setzero_si512();
   }
 #pragma GCC unroll 4
   for (int bit = 1; bit < 16; bit *= 2) {
@@ -33,7 +35,7 @@ FLOE_INLINE void transpose<AmxBf16>(int64_t count, const char* from, int64_t ld,
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < 16; ++m) _mm512_store_si512(to + m * 16, rows[m]);
+  for (int m = 0; m < 16; ++m) _mm512_storeu_si512(to + m * ld, rows[m]);
 }
 
 template <>

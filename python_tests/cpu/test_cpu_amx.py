@@ -20,7 +20,8 @@ TILES = {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdp
 #: The steps that multiply with tiles; a mangled name has these words in it.
 STEPS = [
     ("GradSquareAmx", "panels"),
-    *(("MoELoRAAmx", step) for step in ("shrink", "expand", "weight_grad", "gather_expand")),
+    *(("MoELoRAAmx", step) for step in ("shrink", "expand", "weight_grad")),
+    *(("MoELoRAAmx", step) for step in ("gather_dots", "gather_expand")),
 ]
 
 

@@ -1,18 +1,19 @@
-// The steps of moe_lora_steps.h that multiply, on emulated tile registers, against float64 on exact
-// allocations: for builds with -fsanitize=address,undefined or =thread.
+// moe_lora_amx.h on emulated tile registers, against float64 on exact allocations: for builds with
+// -fsanitize=address,undefined or =thread.
 #include "cpu/tests/amx_emulation.h"
 
 // In this order: the intrinsics, then who uses them.
 #include <memory>
 
-#include "cpu/moe_lora_steps.h"
+#include "cpu/moe_lora_amx.h"
 #include "cpu/tests/amx_checks.h"
 #include "cpu/tests/amx_pairs.h"
 
 namespace floe::cpu {
 namespace {
 
-using Tested = Steps<AmxPairs, BFloat16>;
+using Tested = MoELoRAAmx<AmxPairs>;
+using Packing = Tested::Steps;
 
 struct Stored {  // (rows, cols); its memory ends where its last element does
   int64_t rows, cols;
@@ -40,7 +41,7 @@ std::vector<uint32_t> packed(const Matrix& w, bool rows) {
   const int64_t panels = ceil_div(N, Tested::NR);
   std::vector<uint32_t> out(panels * Tested::NR * ceil_div(K, 2));
   for (int64_t p = 0; p < panels; ++p)
-    (rows ? Tested::pack_rows : Tested::pack_columns)(w, p, out.data());
+    (rows ? Packing::pack_rows : Packing::pack_columns)(w, p, out.data());
   return out;
 }
 
@@ -68,11 +69,8 @@ void check_shrink(int64_t M, int64_t K, int64_t N, std::mt19937& random) {
   const int64_t ld = (N + 15) / 16 * 16;
   for (const bool drop : {false, true}) {
     std::vector<float> sums(M * ld);
-    {
-      const TileScope scope;
-      Tested::shrink({x.data.data(), K, M, K, N, drop ? keep.data.data() : nullptr, keep.ld,
-                      panels.data(), sums.data(), ld});
-    }
+    Tested::shrink({x.data.data(), K, M, K, N, drop ? keep.data.data() : nullptr, keep.ld,
+                    panels.data(), sums.data(), ld});
     for (int64_t i = 0; i < M * N; ++i) {
       const int64_t m = i / N, n = i % N;
       Sum sum;
@@ -95,20 +93,17 @@ void check_expand(int64_t M, int64_t K, int64_t E, int64_t O, std::mt19937& rand
     for (int64_t e = E; e < right.cols; ++e) right.data[m * right.cols + e] = {};
   }
   std::vector<BFloat16> out(M * O);
-  {
-    const TileScope scope;
-    Tested::expand({M,
-                    O,
-                    {left.data.data(), left.cols, K, w_panels.data()},
-                    {right.data.data(), right.cols, E, second_panels.data()},
-                    keep.data.data(),
-                    keep.ld,
-                    1.5,
-                    base.data.data(),
-                    out.data(),
-                    O,
-                    O});
-  }
+  Tested::expand({M,
+                  O,
+                  {left.data.data(), left.cols, K, w_panels.data()},
+                  {right.data.data(), right.cols, E, second_panels.data()},
+                  keep.data.data(),
+                  keep.ld,
+                  1.5,
+                  base.data.data(),
+                  out.data(),
+                  O,
+                  O});
   for (int64_t i = 0; i < M * O; ++i) {
     const int64_t m = i / O, o = i % O;
     Sum sum;
@@ -135,7 +130,6 @@ void check_weight_grad(int64_t T, int64_t N, int64_t cols, std::mt19937& random)
   const WeightGrad grad{N, tiled.data(), true, 1.5, out.data(), Dtype::kBFloat16, cols};
   on_threads(panels, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch((end - begin) * (tiles * Tested::MR + kGradUnits) * Tested::NR * 4);
-    const TileScope scope;
     Tested::weight_grad(
         {x.data.data(), cols, cols, nullptr, T, mask.get(), keep.data.data(), keep.ld}, begin, end,
         &grad, 1, scratch.data());
@@ -147,6 +141,29 @@ void check_weight_grad(int64_t T, int64_t N, int64_t cols, std::mt19937& random)
       sum.add(1.5 * double{widen(tiled[place(i / cols, t)])} * x.at(t, i % cols));
     }
     expect_stored_sum("weight_grad", out[i], sum, T);
+  }
+}
+
+// Every other row of x, or all of them.
+void check_gather_dots(int64_t M, int64_t K, int64_t N, bool all, std::mt19937& random) {
+  const Stored x(2 * M, K, random), w(N, K, random);
+  const Bits keep(2 * M, K, random);
+  std::vector<int64_t> rows(M);
+  for (int64_t m = 0; m < M; ++m) rows[m] = 2 * m;
+  for (const bool drop : {false, true}) {
+    std::vector<float> sums(M * N);
+    std::vector<BFloat16> scratch(drop ? kDotScratchRows * (K + 1) : 0);
+    Tested::gather_dots({x.data.data(), K, K, all ? nullptr : rows.data(), all ? M : 0, M,
+                         drop ? keep.data.data() : nullptr, keep.ld, w.data.data(),
+                         Dtype::kBFloat16, K, N, sums.data(), N, scratch.data()});
+    for (int64_t i = 0; i < M * N; ++i) {
+      const int64_t t = all ? M + i / N : rows[i / N];
+      Sum sum;
+      for (int64_t k = 0; k < K; ++k) {
+        if (!drop || keep.at(t, k)) sum.add(x.at(t, k) * w.at(i % N, k));
+      }
+      expect_sum("gather_dots", double{sums[i]}, sum, K);
+    }
   }
 }
 
@@ -166,9 +183,9 @@ void check_gather_expand(int64_t T, int64_t rank, int64_t O, std::mt19937& rando
   g.slots = slots.data.data(), g.ld_slots = ld, g.scale = 1;
   g.base = base.data.data(), g.out = out.data(), g.ld_base = g.ld_out = O;
   on_threads(ceil_div(O, Tested::NR), [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch((T + ceil_div(rank, 2)) * Tested::NR * 4);
-    const TileScope scope;
-    for (int64_t p = begin; p < end; ++p) Tested::gather_expand(g, p, p + 1, scratch.data());
+    if (begin == end) return;
+    std::vector<char> scratch((end - begin) * (T + ceil_div(rank, 2)) * Tested::NR * 4);
+    Tested::gather_expand(g, begin, end, scratch.data());
   });
   for (int64_t i = 0; i < T * O; ++i) {
     const int64_t t = i / O;
@@ -190,10 +207,14 @@ int main() {
       check_shrink(M, K, 50, random);
       check_expand(M, K, 3, 101, random);
       check_weight_grad(2 * K + 1, M, 101, random);
+      check_gather_dots(M, K, 50, K == 16, random);
       check_gather_expand(2 * M, K, 101, random);
     }
   }
   check_shrink(17, 1100, 5, random);  // longer than a block
+  check_gather_dots(70, 300, 97, false, random);
+  check_gather_dots(5, 0, 3, true, random);
+  check_gather_expand(40, 33, 450, random);  // several panels at a time
   check_expand(20, 600, 40, 20, random);
   check_weight_grad(530, 17, 20, random);
   expect(amx_emulation::registers().multiplied > 0, "nothing was multiplied with tiles");

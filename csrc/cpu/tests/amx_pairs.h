@@ -42,6 +42,11 @@ struct Pairs {
     std::memcpy(&r, p, sizeof r);
     return r;
   }
+  static ureg load_row(const BFloat16* p) {
+    ureg r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+  }
   static ureg broadcast(const unit* p) {
     unit one;
     std::memcpy(&one, p, sizeof one);

@@ -115,6 +115,7 @@ void run(const GradSquareKernels& kernels, double tolerance, std::mt19937& rando
   }
   check<scalar_t>(kernels, {0, 300, 5, 260, 1}, 3, 20, tolerance, random);  // longer than a panel
   check<scalar_t>(kernels, {1, 6, 3, 1}, 300, 450, tolerance, random);      // panels in groups
+  check<scalar_t>(kernels, {3, 40, 0, 33, 1}, 21, 99, tolerance, random);   // enough for tiles
   check<scalar_t>(kernels, {1, 2, 1}, 0, 5, tolerance, random);
   check<scalar_t>(kernels, {1, 2, 1}, 5, 0, tolerance, random);
 }
