@@ -122,7 +122,7 @@ def main() -> None:
         random.shuffle(order)
         for name in order:
             times = [run() for run in rows[name]]
-            taken[name].append(tuple(map(statistics.median, zip(*times, strict=True))))  # type: ignore[arg-type]
+            taken[name].append(tuple(map(statistics.median, zip(*times, strict=True))))
     medians = {
         n: [statistics.median(c) for c in zip(*t[1:], strict=True)] for n, t in taken.items()
     }
