@@ -37,7 +37,9 @@ def dropped(a, p, seed, dtype, *stored):
     counter = torch.arange(a.v.numel()).view(a.v.shape)
     keep = philox(seed, counter) >= keep_threshold(p)
     scale = rounded(scaled(a, 1 / (1 - p), dtype), *stored)
-    return Ball(torch.where(keep, scale.v, 0.0), torch.where(keep, scale.r, 0.0))
+    # who scales sums, not terms, may have flushed a term that would be normal once scaled
+    r = scale.r + torch.finfo(dtype).tiny / (1 - p)
+    return Ball(torch.where(keep, scale.v, 0.0), torch.where(keep, r, 0.0))
 
 
 def columns(dense, ranks):
@@ -76,7 +78,10 @@ def forward(case, t, experts):
     if t["base"] is None:
         base = matmul(exact(t["x"]), exact(t["weight"]).T, sums)
         if t["bias"] is not None:
-            base = add(rounded(base, dtype), exact(t["bias"])[None], sums)
+            bias = exact(t["bias"])[None]
+            sooner = _among_terms(t, bias, sums)  # BLAS may start its sums with the bias
+            base = add(rounded(base, dtype), bias, sums)
+            base = Ball(base.v, torch.maximum(base.r, sooner.r))
         stored = (dtype, dtype)
     else:
         base, stored = exact(t["base"]), (dtype, t["base"].dtype)
@@ -149,6 +154,14 @@ def squares(g, x, offsets, scale, sums):
     if not norms:
         return fisher, Ball(g.v.new_zeros(0), g.v.new_zeros(0))
     return fisher, Ball(torch.stack([n.v for n in norms]), torch.stack([n.r for n in norms]))
+
+
+def _among_terms(t, bias, sums):
+    """x W^T + b with b one of the terms that are summed in any order."""
+    ones = torch.ones(len(t["x"]), 1, dtype=torch.float64)
+    x = torch.cat([t["x"].detach().double(), ones], 1)
+    weight = torch.cat([t["weight"].detach().double(), bias.v.T], 1)
+    return matmul(exact(x), exact(weight).T, sums)
 
 
 def _if_other(own, *dtypes):
