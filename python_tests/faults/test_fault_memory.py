@@ -1,7 +1,6 @@
 """Training steps leave no memory behind."""
 
 import gc
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from floe_kernels import FisherCollector, FusedMoELoRA
 
 STEPS = 10_000 if ASKED else 2_000
 SAMPLES = 40
-WITH_KERNELS = find_spec("floe_kernels._C") is not None
 #: bytes a step: less than the smallest tensor's own record takes
 LEAST = 256
 
@@ -53,9 +51,6 @@ def test_steps_leave_nothing_behind():
     SURVIVED[f"{STEPS:,} steps in one piece of memory"] += 1
 
 
-@pytest.mark.xfail(
-    WITH_KERNELS, reason="torch never frees a string that it hands to a kernel", strict=True
-)
 @pytest.mark.parametrize("keep_gates", [False, True])
 def test_scores_grow_by_their_gate_gradients_alone(keep_gates):
     layer, x = make_layer()
