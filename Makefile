@@ -66,7 +66,7 @@ nightly: fuzz  ## a million cases
 
 faults: $(BUILT)  ## 100 kills, full disks and other mishaps; KILLS=10 for fewer
 	OMP_NUM_THREADS=1 FLOE_FAULTS=$(or $(KILLS),100) $(PY) -m pytest --timeout=0 -rs \
-	    python_tests/faults $(ARGS)
+	    python_tests/faults python_tests/numbers $(ARGS)
 
 lint: $(STAMPS)/packages  ## what must be clean before a commit
 	$(BIN)/ruff check .

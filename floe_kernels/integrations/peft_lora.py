@@ -47,33 +47,59 @@ def read_lora(folder: Folder) -> LoRA:
         FileNotFoundError: A file is missing.
         ValueError: It is no plain LoRA of linear layers: DoRA, trained biases, an initialisation
             that changes the base (PiSSA and its kin), or ``target_parameters``, whose lora_B packs
-            experts innermost and would be read as something else.
+            experts innermost and would be read as something else. Or a file is damaged.
     """
     folder = Path(folder)
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    config, tensors = _read_files(folder)
     odd = [name for name in _VARIANTS if config.get(name)]
-    odd += [f"bias={config['bias']}"] * (config.get("bias", "none") != "none")
+    bias = config.get("bias", "none")
+    odd += [f"bias={bias}"] * (bias != "none")
     start = str(config.get("init_lora_weights", ""))
     odd += [f"init_lora_weights={start}"] * start.lower().startswith(_MOVED_BASES)
     if config.get("peft_type") != "LORA" or odd:
         got = ", ".join(odd) or config.get("peft_type")
         raise ValueError(f"an expert must be a plain LoRA, got {got} in {folder}")
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+    for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or tensor.ndim != 2:
             raise ValueError(f"an expert must hold lora_A and lora_B of linears only, got {key!r}")
         halves.setdefault(match[1], {})[match[2]] = tensor
     found: LoRA = {}
     alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, Mapping):
+        raise ValueError(f"alpha_pattern in {folder} must be an object, got {alphas!r}")
     for name, half in halves.items():
         if set(half) != {"A", "B"} or len(half["A"]) != half["B"].shape[1]:
             raise ValueError(f"lora_A and lora_B of {name!r} in {folder} must fit, they do not")
         rank = len(half["A"])
-        alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
+        alpha = alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not rank:
+            raise ValueError(
+                f"lora_alpha and rank of {name!r} in {folder} must be numbers, the rank above 0, "
+                f"got {alpha!r} and {rank}"
+            )
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         found[name] = half["A"], half["B"] * scaling
     return found
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings and the tensors of a checkpoint that may be anybody's."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, it is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be a JSON object, got {config!r}")
+    path = folder / "adapter_model.safetensors"
+    try:
+        return config, load_file(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the library has one error type, and it is not exported
+        raise ValueError(f"{path} must be a safetensors file, it is damaged: {error}") from error
 
 
 def config_from_lora(folders: Sequence[Folder], **options: Any) -> FusedMoELoRAConfig:

@@ -92,7 +92,7 @@ class History:
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: must be JSON, but is damaged") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}, line {number}: must be a JSON object, got {value!r}")

@@ -206,15 +206,18 @@ class FisherRecord:
             raise ValueError(f"{path} must be a Fisher record, got: {error}") from error
         if not isinstance(header, Mapping) or header.get("format") != FORMAT:
             raise ValueError(f"{path} must be a Fisher record of format {FORMAT}, got {header!r}")
-        return cls(
-            {k[4:]: v for k, v in tensors.items() if k.startswith("sum:")},
-            dict(header["sizes"]),
-            {k[5:]: v for k, v in tensors.items() if k.startswith("hits:")},
-            tensors["gates"],
-            list(header["modules"]),
-            dict(header["counts"]),
-            dict(header["meta"]),
-        )
+        try:
+            return cls(
+                {k[4:]: v for k, v in tensors.items() if k.startswith("sum:")},
+                dict(header["sizes"]),
+                {k[5:]: v for k, v in tensors.items() if k.startswith("hits:")},
+                tensors["gates"],
+                list(header["modules"]),
+                dict(header["counts"]),
+                dict(header["meta"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be a whole Fisher record, {error} is wrong") from error
 
 
 def module_of(parameter: str) -> str:

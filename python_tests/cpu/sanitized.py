@@ -56,7 +56,7 @@ def run(program: Path) -> tuple[int, str]:
 
 
 def main() -> int:
-    worst = 0
+    worst = programs = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, sanitizer in SANITIZERS.items():
             for steps in (*STEPS, *EMULATED):
@@ -64,7 +64,9 @@ def main() -> int:
                 ran = [line.partition(":")[0] for line in said.splitlines() if "failures" in line]
                 found = "nothing found" if code == 0 else f"FOUND SOMETHING\n{said}"
                 print(f"{name}, csrc/cpu {steps} steps ({', '.join(ran)}): {found}", flush=True)
-                worst = max(worst, code)
+                programs, worst = programs + 1, worst or code
+    outcome = "something found, see above" if worst else "nothing found"
+    print(f"sanitize: {programs} programs under {' and '.join(SANITIZERS)}: {outcome}")
     return int(worst != 0)
 
 

@@ -165,6 +165,32 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, case):
         lora.read_lora(tmp_path)
 
 
+DAMAGED = {
+    "cut off": (b'{"peft_type": "LORA", ', "must be JSON"),
+    "nested": (b"[" * 100_000, "must be JSON"),
+    "a list": (b"[]", "must be a JSON object"),
+    "no alpha": (b'{"peft_type": "LORA", "lora_alpha": "x"}', "lora_alpha and rank of"),
+    "pattern": (b'{"peft_type": "LORA", "alpha_pattern": [1]}', "alpha_pattern in"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_stranger_s_settings_are_refused_in_a_sentence(tmp_path, case):
+    checkpoint(tmp_path, 0)
+    text, message = DAMAGED[case]
+    (tmp_path / "adapter_config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        lora.read_lora(tmp_path)
+
+
+def test_a_stranger_s_damaged_tensors_are_refused_in_a_sentence(tmp_path):
+    checkpoint(tmp_path, 0)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="must be a safetensors file, it is damaged"):
+        lora.read_lora(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT 0.18
 def test_an_adapter_of_packed_experts_is_refused(tmp_path):
     # its lora_B has experts innermost: read as a linear's, it would pair the wrong columns

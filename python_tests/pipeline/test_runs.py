@@ -109,8 +109,9 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         load_run(tmp_path)
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "h").write_text('{"event": "a"}\noops\n{"event": "b"}\n')
+@pytest.mark.parametrize("line", ["oops", "[" * 100_000])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "h").write_text(f'{{"event": "a"}}\n{line}\n{{"event": "b"}}\n')
     with pytest.raises(ValueError, match="h, line 2: must be JSON"):
         History(tmp_path / "h")
 

@@ -1,10 +1,15 @@
 """What a Fisher run measured survives a file, and adds up."""
 
+import json
+
 import pytest
 import torch
 from scored_model import adapted, batches, collect
 
 from floe_kernels.scores import FisherRecord
+from floe_kernels.scores.record import FORMAT
+
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 
 def test_save_load_merge(tmp_path):
@@ -25,6 +30,15 @@ def test_save_load_merge(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="must be a Fisher record"):
         FisherRecord.load(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("header", [{}, {"sizes": 3}, {"sizes": {}, "modules": None}])
+def test_a_record_without_its_parts_is_refused(tmp_path, header):
+    path = tmp_path / "a.safetensors"
+    metadata = {"fisher": json.dumps({"format": FORMAT, **header})}
+    save_file({"gates": torch.zeros(0, 0)}, path, metadata)
+    with pytest.raises(ValueError, match="must be a whole Fisher record"):
+        FisherRecord.load(path)
 
 
 def test_gate_gradients_are_optional():
