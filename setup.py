@@ -65,6 +65,9 @@ def why_no_cuda() -> str | None:
         said = subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
         return f"there is no nvcc in {CUDA_HOME}/bin"
+    places = "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h"  # conda has the latter
+    if not any(header for place in places for header in Path(CUDA_HOME).glob(place)):
+        return f"{CUDA_HOME} holds nvcc but not its headers: CUDA_HOME must name the toolkit"
     if f"release {torch.version.cuda.partition('.')[0]}." not in said:
         return f"torch is built for CUDA {torch.version.cuda}, and nvcc is of another major version"
     return None
