@@ -211,6 +211,11 @@ def _spread_out(ask: Ask) -> Chosen:
     return rules.spread_out(scores, ask.count), scores
 
 
+def _spaced_above(ask: Ask) -> Chosen:
+    scores = ask.scores("init")
+    return rules.spaced_above(scores, ask.count), scores
+
+
 def _rescored(ask: Ask) -> Chosen:
     """Keep half by the first scores, warm these up alone, and score what is left again."""
     scores = ask.scores("init")
@@ -249,6 +254,7 @@ RULES: dict[str, Callable[[Ask], Chosen]] = {
     "less_redundant_gate": _less_redundant("gate"),
     "most_explained": _most_explained,
     "spread_out": _spread_out,
+    "spaced_above": _spaced_above,
     "rescored": _rescored,
     "more_samples": _more_samples,
     "matrices": _matrices("init", "score"),

@@ -85,6 +85,15 @@ def spread_out(scores: Mapping[str, float], count: int) -> list[str]:
     return [max(piece, key=lambda name: (scores[name], -names.index(name))) for piece in pieces]
 
 
+def spaced_above(scores: Mapping[str, float], count: int, *, without: float = 1 / 3) -> list[str]:
+    """Leave out the worst units, a fraction ``without``, and take evenly spaced ones of the rest.
+
+    Scores know the bad units better than they rank the good ones, whose neighbours are redundant.
+    """
+    rest = best(scores, max(count, len(scores) - int(without * len(scores))))
+    return [rest[(2 * k + 1) * len(rest) // (2 * count)] for k in range(count)]
+
+
 def within(scores: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:
     """Take matrices by falling score while they fit into the budget; smaller ones fill it up."""
     chosen, left = set(), budget

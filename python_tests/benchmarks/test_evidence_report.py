@@ -225,6 +225,13 @@ def test_spread_out_layers_are_the_best_of_their_stretch():
     assert rules.spread_out({"a": 1.0, "b": 9.0, "c": 8.0, "d": 3.0}, 2) == ["b", "c"]
 
 
+def test_spaced_layers_leave_the_worst_third_out():
+    scores = {name: float(score) for name, score in zip("abcdef", (6, 1, 5, 4, 2, 3), strict=True)}
+    assert rules.spaced_above(scores, 2) == ["c", "f"]  # of a, c, d, f
+    assert rules.spaced_above(scores, 6) == list(scores)
+    assert rules.spaced_above(scores, 2, without=0) == ["b", "e"]  # of all six
+
+
 def test_matrices_fill_a_budget_by_falling_score():
     costs = {"a": 5, "b": 4, "c": 3, "d": 1}
     assert rules.within(SCORES, costs, 8) == ["a", "c"]
