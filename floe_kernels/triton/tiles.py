@@ -71,11 +71,13 @@ def select_experts(
     total = tl.sum(tl.exp(z - top_z[:, None]), axis=1)  # over all experts, before any leaves
     # NaN wins every round, as it does in a sort; compared as it is, it could name any column
     z = tl.where(z == z, z, float("inf"))
+    # an expert at -inf loses to every other, but not to padding nor to one that left
+    lowest = -1.7976931348623157e308 if z.dtype == tl.float64 else -3.4028234663852886e38
+    z = tl.where((e < E)[None, :], tl.maximum(z, lowest), float("-inf"))
     best_z = tl.full((z.shape[0], BLOCK_K), float("-inf"), z.dtype)
     best_e = tl.zeros((z.shape[0], BLOCK_K), tl.int32)
     for k in range(K):
         top, arg = tl.max(z, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        arg = tl.minimum(arg, E - 1)  # a row of -inf and inf alone may run out of experts
         best_z = tl.where(kept[None, :] == k, top[:, None], best_z)
         best_e = tl.where(kept[None, :] == k, arg[:, None].to(tl.int32), best_e)
         z = tl.where(e[None, :] == arg[:, None], float("-inf"), z)  # out of the next round

@@ -60,6 +60,21 @@ def test_ties_keep_index_order(kernel):
     assert experts.tolist() == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's NumPy
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_infinite_scores_keep_distinct_experts(kernel, dtype):
+    """A row of nothing but -inf has NaN gates, and still names K different experts."""
+    topk_softmax, device = kernel
+    low, high = -torch.inf, torch.inf
+    rows = [[low] * 6, [low, low, 1.0, low, 2.0, low], [low, high, low, low, 0.0, low]]
+    z = torch.tensor(rows, dtype=dtype, device=device)
+    for renormalize in (True, False):
+        gates, experts = topk_softmax(z, 4, renormalize=renormalize)
+        want_gates, want = reference.topk_softmax(z, 4, renormalize)
+        assert experts.tolist() == want.tolist() == [[0, 1, 2, 3], [4, 2, 0, 1], [1, 4, 0, 2]]
+        torch.testing.assert_close(gates, want_gates, equal_nan=True)
+
+
 def test_reads_any_layout(kernel):
     topk_softmax, device = kernel
     wide = scores(16, 16, device=device)
