@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("name", help=f"{', '.join(config.names())}, report or list")
     parser.add_argument("--data", type=Path, help="folder of the question files")
-    parser.add_argument("--only", metavar="LABEL", help="one data set alone; two at once need two --work")
+    parser.add_argument("--only", metavar="LABEL", help="one data set; two at once need two --work")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no run that ends later")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's")
     parser.add_argument("--results", type=Path, default=records.ROOT / RESULTS)
