@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nvcc
 import pytest
@@ -35,8 +36,10 @@ def setup(cuda, home, build="cuda", **environment):
 
 @pytest.fixture
 def toolkit(tmp_path):
-    """A toolkit of CUDA 13 of which only the version is asked."""
+    """A toolkit of CUDA 13 of which only the version and a header are asked."""
     (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
     tool = tmp_path / "bin" / "nvcc"
     tool.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
     tool.chmod(0o755)
@@ -73,9 +76,17 @@ def test_the_list_of_architectures_is_torchs(toolkit):
 def test_says_why_cuda_cannot_be(toolkit, cuda, has_toolkit, says):
     done = setup(cuda, toolkit if has_toolkit else "")
     assert done.returncode == 1
-    assert re.fullmatch(
-        f"FLOE_BUILD=cuda needs nvcc and a torch that agree, but {says}\n", done.stderr
-    ), done.stderr
+    last = done.stderr.splitlines()[-1]  # a CUDA torch without a GPU warns before it
+    assert re.fullmatch(f"FLOE_BUILD=cuda needs nvcc and a torch that agree, but {says}", last)
+
+
+def test_a_link_to_nvcc_is_no_toolkit(toolkit):
+    Path(toolkit, "include", "cuda_runtime.h").unlink()
+    assert f"{toolkit} holds nvcc but not its headers" in setup("13.0", toolkit).stderr
+    headers = Path(toolkit, "targets", "x86_64-linux", "include")  # as conda has it
+    headers.mkdir(parents=True)
+    (headers / "cuda_runtime.h").touch()
+    assert setup("13.0", toolkit).returncode == 0
 
 
 def test_auto_stays_without_cuda_where_torch_has_none(toolkit):
