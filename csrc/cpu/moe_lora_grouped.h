@@ -64,7 +64,13 @@ void expand_slots(const cpu::Kernels& kernels, const cpu::Layer<wide>& layer,
   }
   to.tokens = slots.token.data(), to.num_segments = E;
   const int64_t panels = (to.O + kernels.nr - 1) / kernels.nr;
-  const int64_t together = cpu::expand_panels(kernels, std::min(T, step), ld);
+  int64_t together = cpu::expand_panels(kernels, std::min(T, step), ld);
+  // few tasks: as many for every thread, so that none waits for another's last
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t rounds = (panels + together * threads - 1) / (together * threads);
+  if (chunks == 1 && rounds < 4 && panels > 0) {
+    together = (panels + rounds * threads - 1) / (rounds * threads);
+  }
   const int64_t groups = (panels + together - 1) / together;
   loops.add(
       chunks * groups, [=, &kernels, segments = std::move(segments)](int64_t begin, int64_t end) {
