@@ -70,6 +70,7 @@ class Config:
         sizes: Numbers of samples whose rankings are compared, of a stability experiment.
         draws: Of the comparisons at every size.
         answers: Whether questions are answered, too; their held-out loss is always taken.
+        left_out: What was cut; the report says so.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Config:
     draws: int = 50
     answers: bool = True
     rank_grid: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str = ""
 
     def settings(self, data: Data, **more: Any) -> Options:
         """Return the pipeline's options for one data set."""

@@ -52,6 +52,8 @@ def write(configs: Path, results: Path, out: Path) -> list[Path]:
         lines = [line for line in everything[name] if _current(chosen, line)]
         stale = len(everything[name]) - len(lines)
         parts.append(f"## {name}\n\n{chosen.title}\n")
+        if chosen.left_out:
+            parts.append(f"Left out. {chosen.left_out}\n")
         if absent := tables.missing(chosen, lines):
             parts.append(absent + "\n")
         if stale:

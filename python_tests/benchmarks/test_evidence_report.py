@@ -143,6 +143,7 @@ def test_a_search_that_tried_everything_has_no_regret():
 
 CONFIG = """
 title = "Which layers?"
+left_out = "For time: the middle layers."
 methods = ["all", "floe:init", "random:0", "random:1", "bottom:init"]
 seeds = [0, 1, 2]
 [[datasets]]
@@ -177,6 +178,7 @@ def test_the_report_says_so_without_lines(folder):
     report.write(folder, folder / "results", folder / "EVIDENCE.md")
     text = (folder / "EVIDENCE.md").read_text()
     assert "No line yet: all 30 runs are missing." in text
+    assert "Left out. For time: the middle layers." in text
     assert "![" not in text
 
 
