@@ -1,6 +1,6 @@
 """AMX's kernels: that their instructions are there, and that none is where it would crash.
 
-What they compute: test_cpu_amx_emulation.py, and test_cpu_amx_native.py on a CPU that has tiles.
+What they compute: test_cpu_amx_emulation.py, and, on a CPU that has tiles, every test with ``isa``.
 """
 
 import collections

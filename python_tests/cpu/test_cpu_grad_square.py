@@ -11,8 +11,6 @@ OP = torch.ops.floe.segment_grad_square
 if not torch._C._dispatch_has_kernel_for_dispatch_key("floe::segment_grad_square", "CPU"):
     pytest.skip("the operator has no C++ kernel in this build", allow_module_level=True)
 
-ALL = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
-ISAS = ALL[: ALL.index(_info.cpu_isa()) + 1]
 # (segments, rows before the first and after the last, R, D); what each case is for
 CASES = {
     "no rows": ([], 0, 3, 7),
@@ -25,14 +23,6 @@ CASES = {
     "no columns": ([2, 3], 1, 4, 0),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Run on one of the machine's instruction sets, then on the others."""
-    _info.set_cpu_isa(request.param)
-    yield request.param
-    _info.set_cpu_isa(ISAS[-1])
 
 
 def draw(name, dtype=torch.float32):

@@ -17,8 +17,6 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key("floe::moe_lora_linear", "
     pytest.skip("the operator has no C++ kernel in this build", allow_module_level=True)
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ALL = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
-ISAS = ALL[: ALL.index(_info.cpu_isa()) + 1]
 
 # few tokens, and many columns, run grouped; the others dense
 # what each case is for: (tokens, inputs, outputs, ranks, top_k, options)
@@ -62,14 +60,6 @@ EVERY += [
     for dtypes in DTYPES
     if dtypes not in ("fp32", "bf16")
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Run on one of the machine's instruction sets, then on the others."""
-    _info.set_cpu_isa(request.param)
-    yield request.param
-    _info.set_cpu_isa(ISAS[-1])
 
 
 def draw(name, dtypes="fp32"):

@@ -21,8 +21,7 @@ try:
 except ImportError:  # FLOE_BUILD=none: the reference is all there is
     _info = None
 
-ALL_SETS = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
-SETS = ALL_SETS[: ALL_SETS.index(_info.cpu_isa()) + 1] if _info else []
+SETS = _info.cpu_isas() if _info else []
 BACKENDS = ["reference", *SETS]
 
 
@@ -39,8 +38,8 @@ def running(backend):
                 if name in TRITON:
                     stack.enter_context(mock.patch.object(module, name, TRITON[name]))
         else:
+            stack.callback(_info.set_cpu_isa, _info.cpu_isa())
             _info.set_cpu_isa(backend)
-            stack.callback(_info.set_cpu_isa, SETS[-1])
         yield
 
 
