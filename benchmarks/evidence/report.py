@@ -13,7 +13,7 @@ from benchmarks.evidence.runner import lines_of
 from benchmarks.evidence.tables import ALL, RANDOM, Lines
 from benchmarks.report import markdown
 
-ORDER = ("layers", "rules", "experts", "rank", "definition", "stability")
+ORDER = ("layers", "rules", "confirm", "experts", "rank", "definition", "stability")
 COMPARED = (ALL, *RANDOM, "floe:init")
 """Methods of ``layers`` that ``rules`` is compared with; setting, data and seeds are the same."""
 HEAD = """# Evidence on real tasks
