@@ -54,8 +54,9 @@ dev: $(BUILT)  ## the environment alone, editable, with every tool
 bench: $(STAMPS)/bench $(BUILT)  ## the quick benchmarks
 	$(PY) -m benchmarks.run --quick $(ARGS)
 
-sanitize: $(STAMPS)/packages  ## the C++ steps under AddressSanitizer, UBSan and ThreadSanitizer
+sanitize: $(STAMPS)/packages  ## the C++ steps and the extension under three sanitizers
 	$(PY) python_tests/cpu/sanitized.py
+	$(PY) python_tests/cpu/sanitized_extension.py
 
 fuzz: $(BUILT)  ## 10,000 drawn cases of every operator against float64; CASES=100 for fewer
 	OMP_NUM_THREADS=1 FLOE_FUZZ_CASES=$(or $(CASES),10000) $(PY) -m $(PYTEST) --timeout=0 \
