@@ -83,6 +83,7 @@ def choose(stage: Stage, key: Key) -> Choice:
     ======================  ==============================================================
     ``all``                 experts on all layers
     ``floe:VARIANT``        the layers of highest Fisher score; ``floe:gate_refined`` with swaps
+    ``matrices:VARIANT``    of highest score in sum, at the parameters of the layers ``floe`` keeps
     ``bottom:VARIANT``      the layers of lowest score
     ``random:N``            draw N, the same layers whatever the seed
     ``position:WHERE``      first, middle, last, spaced
@@ -120,6 +121,16 @@ def _floe(ask: Ask) -> Choice:
     plan = floe(
         scores, ask.stage.modules, keep=ask.keep, refine=refine,
         gradients=ask.gradients() if refine else None, **ask.keywords,
+    )  # fmt: skip
+    return Choice(plan, scores)
+
+
+def _matrices_of(ask: Ask) -> Choice:
+    scores = ask.scores(ask.argument, "module")
+    layers = by_position(ask.stage.modules, where="first", keep=ask.keep, **ask.keywords)
+    plan = floe(
+        scores, ask.stage.modules, per="module", budget=layers.parameters(), unit="parameters",
+        **ask.keywords,
     )  # fmt: skip
     return Choice(plan, scores)
 
@@ -264,6 +275,7 @@ RULES: dict[str, Callable[[Ask], Chosen]] = {
 FAMILIES: dict[str, Callable[[Ask], Choice]] = {
     "all": _all,
     "floe": _floe,
+    "matrices": _matrices_of,
     "bottom": _bottom,
     "random": _random,
     "position": _position,

@@ -57,7 +57,9 @@ def run(package: Path, arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *where, *arguments]
+    # a sanitizer ends the process: pytest would take what it says with it
+    options = ["-q", "--capture=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *where, *arguments]
     return subprocess.run(command, cwd=package, env=environment).returncode
 
 
