@@ -15,8 +15,8 @@ from floe_kernels.pipeline.tune import measure_model
 
 OPTIONS = (
     *MODEL, *DATA, "experts", "top_k", "rank", "alpha", "dropout", "shared_a", "rslora", "variant",
-    "score_samples", "warm_up_steps", "spectrum", "cache", "part", "batch_size", "learning_rate",
-    "seed",
+    "per", "score_samples", "warm_up_steps", "spectrum", "cache", "part", "batch_size",
+    "learning_rate", "seed",
 )  # fmt: skip
 NEXT = {"fisher": "floe", "sensitivity": "lora_smoe", "spectral": "alphalora"}
 

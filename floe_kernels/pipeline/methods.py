@@ -19,6 +19,7 @@ from floe_kernels.allocation import (
     uniform,
 )
 from floe_kernels.allocation.arguments import nearest
+from floe_kernels.allocation.units import unit_scores
 from floe_kernels.pipeline.measurements import Measurement
 from floe_kernels.pipeline.options import Options, flag_of
 
@@ -41,7 +42,7 @@ TAKES = {
     "lo": SHARING,
     "hi": SHARING,
     "beta": ("lora_smoe", "alphalora", "layerif"),
-    "per": ("lora_smoe", "alphalora", "uniform", "random"),
+    "per": ("floe", "lora_smoe", "alphalora", "uniform", "random"),
     "percent": ("lora_smoe",),
     "pool": ("lora_smoe",),
     "how": ("lora_smoe",),
@@ -226,18 +227,57 @@ class Ask:
         """Return what a decision is made for."""
         return self.options.per or usual
 
-    def best(self, scores: Mapping[str, float], gradients: Any = None) -> Plan:
+    def best(self, layers: Mapping[str, float]) -> Plan:
         """Keep the layers that score highest, with a share of the total each."""
-        return floe(
-            scores, self.modules, keep=self.options.keep, experts=self.options.experts,
-            total=self.total, unit=self.unit, gradients=gradients, refine=self.options.refine,
-            **self.keywords,
-        )  # fmt: skip
+        return keep_best(
+            layers, self.modules, self.options, total=self.total, unit=self.unit, **self.keywords
+        )
+
+
+def keep_best(
+    scores: Mapping[str, float],
+    modules: Mapping[str, ModuleSpec],
+    options: Options,
+    *,
+    per: str = "",
+    total: int | None = None,
+    unit: Any = "parameters",
+    **keywords: Any,
+) -> Plan:
+    """Keep what scores highest: layers by their number, or linears by their parameters.
+
+    Linears differ in size: a fraction of their number would not say what they cost.
+
+    Args:
+        scores: By layer or by linear.
+        modules: All adaptable linears, in model order.
+        options: ``keep``, ``experts`` and ``refine``.
+        per: ``"layer"`` or ``"module"``; empty takes what the scores are keyed by.
+        total: What the kept share, counted in ``unit``; None: ``options.experts`` each.
+        unit: What ``total`` is counted in.
+        keywords: Further keywords of ``floe``: the adapter, the model, gate gradients.
+
+    Raises:
+        ValueError: As ``floe`` does.
+    """
+    by, _ = unit_scores(scores, modules, per or None)  # type: ignore[arg-type]
+    limits: dict[str, Any] = {"total": total, "unit": unit}
+    if by == "module" and total is None:
+        adapter = {k: v for k, v in keywords.items() if k != "gradients"}
+        whole = uniform(modules, experts=options.experts, **adapter).parameters()
+        limits = {"budget": options.keep * whole, "unit": "parameters"}
+    return floe(
+        scores, modules, per=by, keep=options.keep, experts=options.experts,
+        refine=options.refine, **limits, **keywords,
+    )  # fmt: skip
 
 
 def _floe(ask: Ask) -> Plan:
     gradients = None if ask.found is None or ask.method.inverted else ask.found.gradients
-    return ask.best(ask.scores, gradients)
+    return keep_best(
+        ask.scores, ask.modules, ask.options, per=ask.options.per, total=ask.total,
+        unit=ask.unit, gradients=gradients, **ask.keywords,
+    )  # fmt: skip
 
 
 def _lora_smoe(ask: Ask) -> Plan:

@@ -131,6 +131,12 @@ class Options:
         ">= 1",
     )
     keep: float = option(0.25, "Fraction of the layers that get experts.", "Layers", "in (0, 1]")
+    per: str = option(
+        "",
+        "Decide by layer or module; empty: as the method does. floe by module: the linears of "
+        "highest score, for the fraction --keep of all parameters.",
+        "Layers",
+    )
     refine: bool = option(True, "Refine the choice by how layers act together (gate).", "Layers")
     spectrum: str = option("median", f"Estimator of the tail: {', '.join(METHODS)}.", "Measuring")
     cache: str = option(
@@ -150,7 +156,6 @@ class Options:
         "Adam's state.",
         "Budget",
     )
-    per: str = option("", "Decide by layer or module; empty: as the method does.", "Budget")
     lo: int = option(-1, "Least experts of each; -1: as the method does.", "Budget", ">= -1")
     hi: int = option(0, "Most experts of each; 0: no bound.", "Budget", ">= 0")
     beta: float = option(

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from floe_kernels.allocation import Plan
+from floe_kernels.allocation.units import unit_scores
 from floe_kernels.pipeline import files
 from floe_kernels.pipeline.map_plots import plan_plot
 from floe_kernels.pipeline.options import Options
@@ -55,8 +56,9 @@ def _layers(run: Run) -> str:
     plan = Plan.load(path)
     kept = plan.layers()
     parts = [plan_plot(plan)]
-    scores: dict[str, float] = score["scores"] if score else {}
+    scores: dict[str, float] = {}
     if score:
+        _, scores = unit_scores(score["scores"], plan.modules, "layer")
         title = f"Fisher score ({score['variant']})"
         counts = score["counts"]
         parts.append(importance_plot(scores, kept, title))

@@ -14,7 +14,6 @@ from floe_kernels.allocation import (
     Plan,
     RankSearch,
     SearchResult,
-    floe,
     ranks_by_depth,
     uniform,
 )
@@ -22,6 +21,7 @@ from floe_kernels.integrations.transformers import apply_plan, remove_adapters
 from floe_kernels.pipeline.distributed import any_of
 from floe_kernels.pipeline.encoding import Samples, permutation
 from floe_kernels.pipeline.evaluation import evaluate
+from floe_kernels.pipeline.methods import keep_best
 from floe_kernels.pipeline.options import Options
 from floe_kernels.pipeline.progress import SILENT, Progress
 from floe_kernels.pipeline.training import Recipe, train
@@ -170,10 +170,7 @@ def trial_plan(
     chosen = options.chosen(config)
     keywords = chosen.adapter(ranks_by_depth(config, modules))
     if "keep" in config:
-        return floe(
-            scores or {}, modules, keep=chosen.keep, experts=chosen.experts, refine=False,
-            **keywords,
-        )  # fmt: skip
+        return keep_best(scores or {}, modules, replace(chosen, refine=False), **keywords)
     return uniform(modules, experts=chosen.experts, **keywords)
 
 

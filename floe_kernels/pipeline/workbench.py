@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from floe_kernels.allocation import Plan, SearchResult, floe, ranks_by_depth, uniform
+from floe_kernels.allocation import Plan, SearchResult, ranks_by_depth, uniform
 from floe_kernels.integrations.transformers import (
     apply_plan,
     find_modules,
@@ -23,6 +23,7 @@ from floe_kernels.pipeline.distributed import share
 from floe_kernels.pipeline.encoding import Samples, draw
 from floe_kernels.pipeline.evaluation import Evaluation, evaluate, to_device
 from floe_kernels.pipeline.memory import PeakMemory
+from floe_kernels.pipeline.methods import keep_best
 from floe_kernels.pipeline.models import Loaded
 from floe_kernels.pipeline.options import WARMED, Options, Rank
 from floe_kernels.pipeline.progress import SILENT, Bar, Progress
@@ -113,13 +114,13 @@ class Workbench:
         return ranks_by_depth(config, self.modules)
 
     def scores(self, rank: Rank) -> dict[str, Any]:
-        """Score every layer by Fisher information, after a warm-up where the variant needs one.
+        """Score every layer, or linear, by Fisher information, after a warm-up where it needs one.
 
         Args:
             rank: Of the experts on all layers that the scores are taken of.
 
         Returns:
-            ``scores`` by layer, and ``gradients`` of the layers' gates for ``gate``, else None.
+            ``scores`` by what ``--per`` names, and ``gradients`` of gates for ``gate``, else None.
         """
         if "score" not in self.run.state:
             self.run.finish("score", self._score(rank))
@@ -131,15 +132,10 @@ class Workbench:
         """Turn scores into a plan and write it to ``plan.json``."""
         found, path = self.scores(rank), self.run.folder / "plan.json"
         if "plan" not in self.run.state:
-            plan = floe(
-                found["scores"],
-                self.modules,
-                keep=self.options.keep,
-                experts=self.options.experts,
-                gradients=found["gradients"],
-                refine=self.options.refine,
+            plan = keep_best(
+                found["scores"], self.modules, self.options, gradients=found["gradients"],
                 **self.plan_options(rank),
-            )
+            )  # fmt: skip
             plan.save(path)
             self.run.finish("plan", {"layers": plan.layers(), "parameters": plan.parameters()})
         return Plan.load(path)
@@ -278,12 +274,12 @@ class Workbench:
                 record = collect(self.model, self._batches(samples, bar), frozen=frozen)
         finally:
             remove_adapters(self.model)
-        gradients = None
+        gradients, per = None, options.per or "layer"
         if variant == "gate":
-            names, gates = record.gate_gradients()
+            names, gates = record.gate_gradients(aggregate=per)
             gradients = dict(zip(names, gates.T.tolist(), strict=True))
         return {
-            "scores": read_variant(record, variant),
+            "scores": read_variant(record, variant, per),
             "gradients": gradients,
             "variant": variant,
             "counts": record.counts,

@@ -82,6 +82,24 @@ def test_scores_decide_and_inverted_turns_them(floe, tmp_path):
     assert {experts(sharp, f"h.{i}")[0] for i in range(8)} == {5}
 
 
+def test_floe_by_linear_spends_a_fraction_of_the_parameters(floe, tmp_path):
+    whole = measured(tmp_path, "floe")
+    by_linear = {n: i * n.endswith("up_proj") * 1.0 for i, n in enumerate(MODULES)}
+    scores = measured(tmp_path, "floe", scores=by_linear, name="by_linear.json")
+    out = tmp_path / "p.json"
+    query, up = 4 * 4 * (8 + 8) + 4 * 8, 4 * 4 * (8 + 24) + 4 * 8
+    for more in (("--per", "module"), ()):  # the scores say it, too
+        assert floe("plan", scores, "--rank", 4, "--out", out, *more)[0] == 0
+        plan = Plan.load(out)
+        assert list(plan.placements) == ["h.5.up_proj", "h.6.up_proj", "h.7.up_proj"]
+        assert plan.parameters() == 3 * up <= 0.25 * LAYERS * (query + up) < 3 * up + query
+    assert floe("plan", scores, "--rank", 4, "--per", "layer", "--out", out)[0] == 0
+    assert Plan.load(out).layers() == ["h.6", "h.7"]
+    code, _, error = floe("plan", whole, "--per", "module", "--out", out)
+    assert code == 1
+    assert "scores must be per module to decide per module, got scores per layer" in error
+
+
 def test_several_files_are_several_tasks(floe, tmp_path):
     one = measured(tmp_path, "lora_smoe", task="arc", name="a.json")
     other = measured(

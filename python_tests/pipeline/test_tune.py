@@ -176,6 +176,23 @@ def test_changed_data_stop_a_resumed_run(folder, options, tmp_path):
         tune(run, other)
 
 
+@pytest.mark.parametrize("variant", ["param_sum", "gate"])
+def test_linears_are_chosen_for_a_fraction_of_the_parameters(options, tmp_path, variant):
+    options = Options(**{
+        **options.to_json(), "rank": 2, "variant": variant, "per": "module", "keep": 0.4,
+        "warm_up_steps": 2, "compare": True,
+    })  # fmt: skip
+    with open_run(tmp_path / "run", "tune", options.to_json()) as run:
+        tune(run, options)
+    plan, scores = Plan.load(tmp_path / "run" / "plan.json"), run.state["score"]["scores"]
+    assert list(scores) == list(plan.modules)
+    trained = run.state["trained"]
+    assert 0.3 < trained["floe"]["parameters"] / trained["all"]["parameters"] <= 0.4
+    assert 1 < len({plan.modules[name].layer for name in plan.placements}) <= len(plan.placements)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert all(layer in page for layer in plan.layers())
+
+
 @pytest.mark.parametrize("variant", ["gate", "base", "taylor1"])
 def test_scores_after_a_warm_up_or_of_the_base(options, tmp_path, variant):
     changes = {"variant": variant, "rank": 2, "warm_up_steps": 3, "keep": 0.5}
