@@ -34,6 +34,8 @@ def sweep(lines: Lines, prefix: str, dtype: str) -> Lines:
 
 def against(axis: Any, lines: Lines, size: str) -> None:
     """Draw each provider's time over the base linear's, with its 20 to 80 % band."""
+    from matplotlib import ticker
+
     for provider, (colour, marker) in STYLE.items():
         points = sorted(
             (line["case"][size], *line["over_base"])
@@ -47,9 +49,12 @@ def against(axis: Any, lines: Lines, size: str) -> None:
         axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
     axis.set_ylabel("time / frozen linear alone")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
 
 
 def crossover(lines: Lines, first: str, second: str) -> float | None:
@@ -127,7 +132,8 @@ def draw(lines: Lines, folder: Path) -> list[Path]:
         dtypes = [d for d in ("bfloat16", "float32") if sweep(lines, prefix, d)]
         if not dtypes:
             continue
-        figure, axes = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.2), squeeze=False)
+        shape = (1.6 + 4.6 * len(dtypes), 4.0)
+        figure, axes = plt.subplots(1, len(dtypes), figsize=shape, squeeze=False)
         for axis, dtype in zip(axes[0], dtypes, strict=True):
             chosen = sweep(lines, prefix, dtype)
             against(axis, chosen, size)
@@ -136,8 +142,9 @@ def draw(lines: Lines, folder: Path) -> list[Path]:
             turn = crossover(chosen, "dense-cat", "grouped_mm") if size == "columns" else None
             if turn:
                 axis.axvline(turn, color="grey", linestyle=":")
-                axis.text(turn, axis.get_ylim()[1], f" grouped_mm wins from R = {turn:.0f}",
-                          fontsize=7, va="top")  # fmt: skip
+                words = f"grouped_mm passes \ndense-cat at R = {turn:.0f} "
+                axis.text(turn, axis.get_ylim()[1], words, fontsize=7, va="top", ha="right")
+        axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # beside it
         save(figure, name)
     figure, axis = plt.subplots(figsize=(6, 4.5))
     roofline(axis, lines)
