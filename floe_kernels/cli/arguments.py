@@ -18,6 +18,8 @@ MODEL = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == "Mode
 DATA = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == "Data")
 ELSEWHERE = ("Measuring", "Budget", "Method")  # groups that only score, plan and compare have
 TUNING = tuple(name for name, f in FIELDS.items() if f.metadata["group"] not in ELSEWHERE)
+CHOSEN_BY = {"per": "module", "variant": "param_sum"}
+"""Defaults of the commands that choose by Fisher information; benchmarks/EVIDENCE.md says why."""
 
 Out = Annotated[Path, typer.Option(help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]

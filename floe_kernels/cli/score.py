@@ -5,7 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from floe_kernels.cli.arguments import DATA, MODEL, AskedWrongly, checked, takes_options
+from floe_kernels.cli.arguments import (
+    CHOSEN_BY,
+    DATA,
+    MODEL,
+    AskedWrongly,
+    checked,
+    takes_options,
+)
 from floe_kernels.cli.progress import TerminalProgress
 from floe_kernels.cli.tables import print_table
 from floe_kernels.pipeline import files
@@ -21,7 +28,7 @@ OPTIONS = (
 NEXT = {"fisher": "floe", "sensitivity": "lora_smoe", "spectral": "alphalora"}
 
 
-@takes_options(*OPTIONS, rank=8)
+@takes_options(*OPTIONS, rank=8, **CHOSEN_BY)
 def command(
     given: dict[str, Any],
     asked: dict[str, Any],

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from floe_kernels.cli.arguments import (
+    CHOSEN_BY,
     TUNING,
     AskedWrongly,
     Out,
@@ -20,14 +21,14 @@ from floe_kernels.pipeline.progress import SILENT
 from floe_kernels.pipeline.tune import tune
 
 
-@takes_options(*TUNING)
+@takes_options(*TUNING, **CHOSEN_BY)
 def command(
     given: dict[str, Any],
     asked: dict[str, Any],
     out: Out = Path("runs/tune"),
     resume: Resume = False,
 ) -> None:
-    """Search the rank, score and choose layers, train them, evaluate, and report.
+    """Search the rank, score and choose linears, or layers, train them, evaluate, and report.
 
     Under torchrun every process computes its share of each batch: torchrun --nproc-per-node 2
     -m floe_kernels tune ...

@@ -208,16 +208,19 @@ def train_all(
     """
     plan = bench.choose(rank)
     layers = len({spec.layer for spec in bench.modules.values()})
-    kept = len(plan.layers())
-    bench.progress.say(f"layers kept, {kept} of {layers}: {', '.join(plan.layers())}")
+    kept, linears = plan.layers(), [name for name, p in plan.placements.items() if p.experts]
+    share = f"{len(kept)} of {layers} layers"
+    if len(linears) < sum(spec.layer in kept for spec in bench.modules.values()):
+        share = f"{len(linears)} of {len(bench.modules)} linears"
+    bench.progress.say(f"kept, {share}: {', '.join(kept)}")
     plans: dict[str, tuple[str, Plan]] = {}
     if bench.options.compare:
         keywords = {"experts": bench.options.experts, **bench.plan_options(rank)}
         plans[ALL] = f"MoE-LoRA, all {layers} layers", uniform(bench.modules, **keywords)
-    plans[FLOE] = f"FLoE, {kept} of {layers} layers", plan
+    plans[FLOE] = f"FLoE, {share}", plan
     if bench.options.compare:
         draw = random(bench.modules, keep=bench.options.keep, seed=bench.options.seed, **keywords)
-        plans[RANDOM] = f"random, {kept} of {layers} layers", draw
+        plans[RANDOM] = f"random, {len(draw.layers())} of {layers} layers", draw
     for name, (title, one) in plans.items():
         stop = None if enough is None else functools.partial(enough, name)
         bench.train(name, one, title=title, keep_adapter=name == FLOE, enough=stop)

@@ -188,6 +188,7 @@ def test_linears_are_chosen_for_a_fraction_of_the_parameters(options, tmp_path, 
     assert list(scores) == list(plan.modules)
     trained = run.state["trained"]
     assert 0.3 < trained["floe"]["parameters"] / trained["all"]["parameters"] <= 0.4
+    assert trained["floe"]["title"] == f"FLoE, {len(plan.placements)} of {len(scores)} linears"
     assert 1 < len({plan.modules[name].layer for name in plan.placements}) <= len(plan.placements)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert all(layer in page for layer in plan.layers())
