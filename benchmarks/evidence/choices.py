@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any, NamedTuple
 
 from benchmarks.evidence import measured, rules
@@ -86,6 +87,7 @@ def choose(stage: Stage, key: Key) -> Choice:
     ``matrices:VARIANT``    of highest score in sum, at the parameters of the layers ``floe`` keeps
     ``bottom:VARIANT``      the layers of lowest score
     ``random:N``            draw N, the same layers whatever the seed
+    ``random:matrices``     matrices, drawn by the seed, at the parameters of the layers
     ``position:WHERE``      first, middle, last, spaced
     ``definition:WHAT``     floe:init, with a sequence, a token or a batch squared as a sample
     ``rule:NAME``           one of ``RULES``
@@ -127,9 +129,8 @@ def _floe(ask: Ask) -> Choice:
 
 def _matrices_of(ask: Ask) -> Choice:
     scores = ask.scores(ask.argument, "module")
-    layers = by_position(ask.stage.modules, where="first", keep=ask.keep, **ask.keywords)
     plan = floe(
-        scores, ask.stage.modules, per="module", budget=layers.parameters(), unit="parameters",
+        scores, ask.stage.modules, per="module", budget=_prices(ask)[1], unit="parameters",
         **ask.keywords,
     )  # fmt: skip
     return Choice(plan, scores)
@@ -142,6 +143,10 @@ def _bottom(ask: Ask) -> Choice:
 
 
 def _random(ask: Ask) -> Choice:
+    if ask.argument == "matrices":
+        dice = Random(f"matrices {ask.seed}")
+        order = {name: dice.random() for name in ask.stage.modules}
+        return Choice(ask.these(rules.within(order, *_prices(ask)), "random"), {})
     draw = int(ask.argument)
     return Choice(random(ask.stage.modules, keep=ask.keep, seed=draw, **ask.keywords), {})
 
@@ -248,16 +253,21 @@ def _matrices(variant: str, price: str) -> Callable[[Ask], Chosen]:
 
     def rule(ask: Ask) -> Chosen:
         scores = ask.scores(variant, "module")
-        options = ask.stage.options(ask.label)
-        costs = {
-            name: experts_cost([spec], options.experts, unit="parameters", rank=options.rank)
-            for name, spec in ask.stage.modules.items()
-        }
-        layers = by_position(ask.stage.modules, where="first", keep=ask.keep, **ask.keywords)
-        weighed = rules.priced(scores, costs, price)
-        return rules.within(weighed, costs, layers.parameters()), scores
+        costs, budget = _prices(ask)
+        return rules.within(rules.priced(scores, costs, price), costs, budget), scores
 
     return rule
+
+
+def _prices(ask: Ask) -> tuple[dict[str, int], int]:
+    """Return what every matrix costs in parameters, and what the layers kept would."""
+    options = ask.stage.options(ask.label)
+    costs = {
+        name: experts_cost([spec], options.experts, unit="parameters", rank=options.rank)
+        for name, spec in ask.stage.modules.items()
+    }
+    layers = by_position(ask.stage.modules, where="first", keep=ask.keep, **ask.keywords)
+    return costs, layers.parameters()
 
 
 RULES: dict[str, Callable[[Ask], Chosen]] = {

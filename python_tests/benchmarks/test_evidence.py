@@ -179,12 +179,15 @@ def test_a_control_in_every_layer_takes_fewer_of_everything(stage):
         plan("kinds:v_proj+nothing")
 
 
-@pytest.mark.parametrize("method", [*(f"rule:{name}" for name in RULES), "matrices:init"])
+BY_MATRIX = {"matrices:init": "floe", "random:matrices": "random"}
+
+
+@pytest.mark.parametrize("method", [*(f"rule:{name}" for name in RULES), *BY_MATRIX])
 def test_a_rule_keeps_to_the_parameters_of_the_layers(stage, method):
     plan = choose(stage, config.Key("sums", method, 0, "")).plan
     half = choose(stage, config.Key("sums", "random:0", 0, "")).plan
     assert 0.9 * half.parameters() <= plan.parameters() <= half.parameters()
-    assert plan.method == (method.removeprefix("rule:") if "rule:" in method else "floe")
+    assert plan.method == BY_MATRIX.get(method, method.removeprefix("rule:"))
 
 
 def test_a_killed_experiment_goes_on_without_repeating_a_line(folder, write, monkeypatch):
