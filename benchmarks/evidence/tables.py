@@ -16,7 +16,7 @@ from floe_kernels.allocation import corrected_overlap, kendall_tau
 
 Lines = Sequence[Mapping[str, Any]]
 GOAL = 0.93  # of the gain, with a quarter of the layers
-ALL, RANDOM = "all", ("random:", "budget:random/")
+ALL, RANDOM, MATRICES = "all", ("random:", "budget:random/"), "random:matrices"
 
 
 def by_dataset(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:
@@ -51,8 +51,11 @@ def retained(method: Lines, everything: Lines) -> dict[int, float]:
 
 
 def best_random(methods: Mapping[str, Lines]) -> str:
-    """Return the random draw of lowest mean loss; empty where none was run."""
-    drawn = [name for name in methods if name.startswith(RANDOM)]
+    """Return the random draw of lowest mean loss; empty where none was run.
+
+    Matrices drawn by chance are a control of their own, for those who choose matrices.
+    """
+    drawn = [name for name in methods if name.startswith(RANDOM) and name != MATRICES]
     return min(drawn, key=lambda name: _mean(methods[name], "loss"), default="")
 
 
@@ -110,12 +113,17 @@ def training_findings(lines: Lines) -> list[str]:
         shares = retained(others[winner], methods.get(ALL, []))
         if shares:
             text += f", {t_interval(list(shares.values())).text(2)} of the gain"
-        text += f"; the best of {sum(n.startswith(RANDOM) for n in methods)} random draws, {best}, "
+        draws = sum(name.startswith(RANDOM) and name != MATRICES for name in methods)
+        text += f"; the best of {draws} random draws, {best}, "
         text += f"has {_mean(methods[best], 'loss'):.4f}. "
         text += f"Better than it beyond chance: {', '.join(beats) or 'none'}; "
         text += f"worse: {', '.join(loses) or 'none'}."
         if all(gap is None or gap.low is None for gap in gaps.values()):
             text += " One seed has no interval: nothing is beyond chance yet."
+        for name in (n for n in others if n.startswith("matrices:") and MATRICES in methods):
+            gap = paired(means_by(methods[MATRICES], "loss"), means_by(others[name], "loss"))
+            if gap:
+                text += f" {name} is below matrices drawn by chance by {gap.text(4)}."
         found.append(text)
     return found
 

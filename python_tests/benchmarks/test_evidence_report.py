@@ -141,6 +141,14 @@ def test_a_search_that_tried_everything_has_no_regret():
     assert regret.mean_regrets(lines[:-1], ranks, 2) == {}
 
 
+def test_matrices_are_compared_with_matrices_drawn_by_chance():
+    losses = {"all": 1.0, "random:0": 1.5, "random:matrices": 1.4, "matrices:init": 1.3}
+    lines = [line(name, seed, loss) for name, loss in losses.items() for seed in (0, 1)]
+    (found,) = tables.training_findings(lines)
+    assert "the best of 1 random draws, random:0," in found
+    assert "matrices:init is below matrices drawn by chance by 0.1000 (0.1000 to 0.1000)" in found
+
+
 CONFIG = """
 title = "Which layers?"
 left_out = "For time: the middle layers."
