@@ -89,4 +89,4 @@ def test_plots_are_drawn_and_repeat_byte_for_byte(tmp_path):
         ]
         contents.append([f.read_bytes() for f in files])
     assert contents[0] == contents[1]
-    assert b"grouped_mm wins" in contents[0][2]
+    assert b"grouped_mm passes" in contents[0][2]
