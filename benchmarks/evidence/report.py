@@ -57,7 +57,7 @@ def write(configs: Path, results: Path, out: Path) -> list[Path]:
         if absent := tables.missing(chosen, lines):
             parts.append(absent + "\n")
         if stale:
-            parts.append(f"{stale} lines are of another setting and left out.\n")
+            parts.append(f"{stale} lines are of another setting or method and left out.\n")
         if lines:
             path = results / f"{name}.svg"
             others = _shared(lines, everything.get("layers", [])) if name == "rules" else []
@@ -145,7 +145,7 @@ def _definitions(lines: Lines) -> bool:
 
 def _current(chosen: Config, line: Mapping[str, Any]) -> bool:
     labels = {data.label: chosen.setting(data) for data in chosen.datasets}
-    return bool(labels.get(line["dataset"]) == line["setting"])
+    return labels.get(line["dataset"]) == line["setting"] and line["method"] in chosen.methods
 
 
 def _shared(lines: Lines, layers: Lines) -> list[Mapping[str, Any]]:

@@ -242,6 +242,7 @@ def keep_best(
     per: str = "",
     total: int | None = None,
     unit: Any = "parameters",
+    gradients: Any = None,
     **keywords: Any,
 ) -> Plan:
     """Keep what scores highest: layers by their number, or linears by their parameters.
@@ -255,7 +256,8 @@ def keep_best(
         per: ``"layer"`` or ``"module"``; empty takes what the scores are keyed by.
         total: What the kept share, counted in ``unit``; None: ``options.experts`` each.
         unit: What ``total`` is counted in.
-        keywords: Further keywords of ``floe``: the adapter, the model, gate gradients.
+        gradients: Of the gates, for refinement; None refines nothing.
+        keywords: Further keywords of every policy: the adapter, the model.
 
     Raises:
         ValueError: As ``floe`` does.
@@ -263,12 +265,11 @@ def keep_best(
     by, _ = unit_scores(scores, modules, per or None)  # type: ignore[arg-type]
     limits: dict[str, Any] = {"total": total, "unit": unit}
     if by == "module" and total is None:
-        adapter = {k: v for k, v in keywords.items() if k != "gradients"}
-        whole = uniform(modules, experts=options.experts, **adapter).parameters()
+        whole = uniform(modules, experts=options.experts, **keywords).parameters()
         limits = {"budget": options.keep * whole, "unit": "parameters"}
     return floe(
         scores, modules, per=by, keep=options.keep, experts=options.experts,
-        refine=options.refine, **limits, **keywords,
+        gradients=gradients, refine=options.refine, **limits, **keywords,
     )  # fmt: skip
 
 

@@ -209,12 +209,13 @@ def test_the_report_counts_what_is_missing_or_stale(folder, lines):
     some = [x for x in lines if x["seed"] == 0 and x["method"] != "bottom:init"]
     text, _ = write(folder, some)
     assert "Missing: 22 of 30 runs (bottom:init, all, floe:init, random:0, random:1)." in text
-    stale = {**lines[0], "setting": "old"}
+    of_now = {**lines[0], "setting": chosen.setting(chosen.data(lines[0]["dataset"]))}
+    stale = [{**of_now, "setting": "old"}, {**of_now, "method": "experts:1"}]
     path = folder / "results" / "layers.jsonl"
-    path.write_text(json.dumps(stale) + "\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in stale))
     report.write(folder, folder / "results", folder / "EVIDENCE.md")
     text = (folder / "EVIDENCE.md").read_text()
-    assert "1 lines are of another setting" in text
+    assert "2 lines are of another setting or method and left out" in text
     assert f"all {len(chosen.runs())} runs are missing" in text
 
 

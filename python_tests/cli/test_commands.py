@@ -26,6 +26,8 @@ def test_tune_prints_the_table_and_leaves_the_folder(floe, small, tmp_path):
     for title in ("base model", "MoE-LoRA, all 4 layers", "random, 1 of 4"):
         assert title in text
     assert re.search(r"FLoE, \d+ of (4 layers|28 linears)", text)
+    score = load_run(out).state["score"]
+    assert (score["variant"], len(score["scores"])) == ("param_sum", 28)
     assert {"plan.json", "report.html", "history.jsonl", "adapter"} <= set(os.listdir(out))
 
     code, again, _ = floe("show", out)

@@ -43,10 +43,10 @@ def build(folder: Path) -> Path:
 
 def run(package: Path, arguments: list[str]) -> int:
     """Run the tests on it; the sanitizer's library must come before torch's."""
-    where = [str(sanitized.CPU.parents[1] / "python_tests/cpu" / name) for name in TESTS]
+    where = [str(Path(__file__).parent / name) for name in TESTS]
     found = [
         subprocess.run(
-            [*(sanitized.compiler() or []), f"-print-file-name={name}"],
+            [*(sanitized.compiler() or ["c++"]), f"-print-file-name={name}"],
             capture_output=True, text=True, check=True,
         ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
