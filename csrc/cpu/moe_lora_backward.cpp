@@ -91,7 +91,7 @@ struct Dense {
     };
     std::vector<cpu::WeightGrad> of_x, of_dy;
     if (in.needs_A) {
-      of_x.push_back(grad(dz_tiled, std::get<1>(out), true, given.dropout.scale));
+      of_x.push_back(grad(dz_tiled, std::get<1>(out), kept != nullptr, given.dropout.scale));
     }
     if (in.needs_router) of_x.push_back(grad(dl_tiled, std::get<3>(out), false, 1));
     if (in.needs_B) of_dy.push_back(grad(h_tiled, std::get<2>(out), false, 1));

@@ -158,51 +158,71 @@ struct Rows {
   int64_t keep_ld = 0;
 };
 
+// Unit q of a sum over K rows from k0 on: kPack rows, null where one is masked or beyond K.
+template <typename V, typename scalar_t>
+struct RowsOfUnit {
+  const scalar_t* row[V::kPack];
+  const uint8_t* keep[V::kPack] = {};
+  bool whole = true;  // none is null, and none drops elements
+
+  FLOE_INLINE RowsOfUnit(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t q) {
+    for (int i = 0; i < V::kPack; ++i) {
+      const int64_t k = q * V::kPack + i;
+      const int64_t t = k >= K ? -1 : from.rows ? from.rows[k0 + k] : k0 + k;
+      const bool absent = t < 0 || (from.mask && !from.mask[t]);
+      row[i] = absent ? nullptr : from.data + t * from.ld;
+      if (from.keep && !absent) keep[i] = from.keep + t * from.keep_ld;
+      whole = whole && !absent && !from.keep;
+    }
+  }
+
+  FLOE_INLINE void prefetch(int64_t n0, int64_t N) const {
+    for (int i = 0; i < V::kPack; ++i) {
+      if (!row[i]) continue;
+      for (int64_t n = n0; n < n0 + N; n += 64 / sizeof(scalar_t)) __builtin_prefetch(row[i] + n);
+    }
+  }
+
+  // Columns n0..n0 + N as `width` units.
+  FLOE_INLINE void pack(int64_t n0, int64_t N, int64_t width, typename V::unit* out) const {
+    using elem = typename V::elem;
+    const elem* rows[V::kPack];
+    if (std::is_same_v<scalar_t, elem> && whole && N == width) {
+      for (int i = 0; i < V::kPack; ++i) rows[i] = reinterpret_cast<const elem*>(row[i]) + n0;
+      for (int64_t n = 0; n < width; n += V::kLanes) V::interleave(rows, n, out + n);
+      return;
+    }
+    alignas(64) elem staged[V::kPack][kNR<V>];
+    for (int i = 0; i < V::kPack; ++i) {
+      rows[i] = staged[i];
+      if (row[i]) stage_row<V>(row[i] + n0, N, keep[i], n0, staged[i]);
+      for (int64_t n = row[i] ? N : 0; n < width; ++n) staged[i][n] = elem{};
+    }
+    for (int64_t n = 0; n < width; n += V::kLanes) V::interleave(rows, n, out + n);
+  }
+};
+
 // Columns n0..n0 + N of rows k0..k0 + K as one panel of `width`.
 template <typename V, typename scalar_t>
 void pack_rows(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t n0, int64_t N,
                int64_t width, typename V::unit* out) {
-  using elem = typename V::elem;
-  // A row's share is a line or two, each row on a page of its own: no prefetcher sees them coming.
-  constexpr int64_t kAhead = 8;
-  alignas(64) elem staged[V::kPack][kNR<V>];
-  const bool whole = std::is_same_v<scalar_t, elem> && !from.keep && N == width;
   for (int64_t q = 0; q < units<V>(K); ++q, out += width) {
-    const elem* pair[V::kPack];
-    for (int i = 0; i < V::kPack; ++i) {
-      const int64_t k = q * V::kPack + i;
-      const int64_t t = k >= K ? -1 : from.rows ? from.rows[k0 + k] : k0 + k;
-      if (const int64_t next = k + kAhead * V::kPack; next < K) {
-        const scalar_t* row = from.data + (from.rows ? from.rows[k0 + next] : k0 + next) * from.ld;
-        __builtin_prefetch(row + n0);
-        __builtin_prefetch(row + n0 + N - 1);
-      }
-      pair[i] = staged[i];
-      if (t < 0 || (from.mask && !from.mask[t])) {
-        std::memset(static_cast<void*>(staged[i]), 0, width * sizeof(elem));
-      } else if (whole) {
-        pair[i] = reinterpret_cast<const elem*>(from.data + t * from.ld + n0);
-      } else {
-        stage_row<V>(from.data + t * from.ld + n0, N,
-                     from.keep ? from.keep + t * from.keep_ld : nullptr, n0, staged[i]);
-        for (int64_t n = N; n < width; ++n) staged[i][n] = elem{};
-      }
-    }
-    for (int64_t n = 0; n < width; n += V::kLanes) V::interleave(pair, n, out + n);
+    RowsOfUnit<V, scalar_t>(from, k0, K, q).pack(n0, N, width, out);
   }
 }
 
 // Rows k0..k0 + K of panels first..last of `cols` columns, a panel every `size` units, from unit q0
-// on. A few rows of all panels come before the next rows, so that reading runs along rows.
+// on. A unit of all panels comes before the next unit, so that reading runs along rows.
 template <typename V, typename scalar_t>
 void pack_panels(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t cols, int64_t first,
                  int64_t last, int64_t size, int64_t q0, typename V::unit* out) {
-  constexpr int64_t kRows = 4 * V::kPack;
-  for (int64_t k = 0; k < K; k += kRows) {
+  constexpr int64_t kAhead = 4;
+  for (int64_t q = 0; q < units<V>(K); ++q) {
+    const RowsOfUnit<V, scalar_t> now(from, k0, K, q), next(from, k0, K, q + kAhead);
     for (int64_t p = first; p < last; ++p) {
       const int64_t n0 = p * kNR<V>, width = panel_width<V>(cols, p);
-      pack_rows<V>(from, k0 + k, least(kRows, K - k), n0, least(kNR<V>, cols - n0), width,
-                   out + (p - first) * size + (q0 + k / V::kPack) * width);
+      if (from.rows) next.prefetch(n0, width);
+      now.pack(n0, least(kNR<V>, cols - n0), width, out + (p - first) * size + (q0 + q) * width);
     }
   }
 }

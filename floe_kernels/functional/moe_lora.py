@@ -4,8 +4,7 @@ Dims: N tokens, I inputs, O outputs, E experts, K experts kept per token,
 R packed columns (the sum of the experts' ranks).
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,8 +119,7 @@ def moe_lora_linear(
     )  # fmt: skip
     if shared is None:
         return _no_experts(torch.nn.functional.linear(x, weight, bias), rows)
-    with _no_autocast(x):
-        out, _z, experts, gates, logits = ops.call_linear(rows, weight, bias, *shared)
+    out, _z, experts, gates, logits = _no_autocast(ops.call_linear, rows, weight, bias, *shared)
     if x.ndim != 2:
         out = out.view(*x.shape[:-1], weight.shape[0])
     return MoELoRAOutput(out, _detached(logits), experts, _detached(gates))
@@ -197,8 +195,8 @@ def moe_lora(
     )  # fmt: skip
     if shared is None:
         return _no_experts(base_out.clone(), rows)
-    with _no_autocast(x):
-        out, _z, experts, gates, logits = ops.call(rows, rows_of(base_out), *shared)
+    base_rows = rows_of(base_out)
+    out, _z, experts, gates, logits = _no_autocast(ops.call, rows, base_rows, *shared)
     return MoELoRAOutput(out.view(base_out.shape), _detached(logits), experts, _detached(gates))
 
 
@@ -218,11 +216,12 @@ def _detached(routing: Tensor) -> Tensor:
     return routing.detach() if routing.requires_grad else routing
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def _no_autocast(operator: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
     # the operator's dtype rule is its own; autocast would reach into the readable kernel
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+    if not torch._C._is_any_autocast_enabled():
+        return operator(x, *rest)
+    with torch.autocast(x.device.type, enabled=False):
+        return operator(x, *rest)
 
 
 def _no_experts(out: Tensor, rows: Tensor) -> MoELoRAOutput:

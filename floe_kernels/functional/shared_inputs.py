@@ -100,12 +100,11 @@ def moe_lora_shared_linear(
     (weights, biases, lora_As, lora_Bs, routers, scalings, ranks, top_ks, shared_As, renormalizes,
      masks, dropout_ps, seeds, aux_coefs) = map(list, zip(*columns, strict=True))  # fmt: skip
     given = [[none if t is None else t for t in tensors] for tensors in (biases, seeds, aux_coefs)]
-    with _no_autocast(x):
-        results = ops.call(
-            rows, weights, given[0], lora_As, lora_Bs, routers, scalings,
-            [rank for own in ranks for rank in own], top_ks, shared_As, renormalizes, masks[0],
-            dropout_ps, given[1], given[2],
-        )  # fmt: skip
+    results = _no_autocast(
+        ops.call, rows, weights, given[0], lora_As, lora_Bs, routers, scalings,
+        [rank for own in ranks for rank in own], top_ks, shared_As, renormalizes, masks[0],
+        dropout_ps, given[1], given[2],
+    )  # fmt: skip
     outs = []
     for s, weight in enumerate(weights):
         _z, experts, gates, logits = results[len(weights) + 4 * s : len(weights) + 4 * (s + 1)]

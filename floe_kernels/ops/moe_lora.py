@@ -14,7 +14,6 @@ columns, C columns of z. ``functional/moe_lora.py`` flattened and checked.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -204,30 +203,39 @@ if find_spec("triton"):
             return kernels.moe_lora_backward(grad_out, x, *shared)
 
 
-def _backward(ctx: Any, grad_out: Tensor, has_base: bool) -> list[Tensor | None]:
+_LINEAR, _FOREIGN = (0, 3, 4, 5), (0, 2, 3, 4)
+"""Where x, lora_A, lora_B and router_weight are among the arguments."""
+
+
+def _backward(ctx: Any, grad_out: Tensor, positions: tuple[int, ...]) -> Sequence[Tensor | None]:
     """Run the one backward operator; None stands for each gradient nobody asked for."""
-    x, weight, lora_A, lora_B, router_weight, *rest = ctx.saved_tensors
-    if ctx.fisher[0] is not None:
+    (x, weight, lora_A, lora_B, router_weight, scaling, z, experts, gates, logits,
+     token_mask, dropout_seed, aux_coefs) = ctx.saved_tensors  # fmt: skip
+    ranks, shared_A, renormalize, dropout_p, fisher = ctx.config
+    if fisher[0] is not None:
         # a second backward through the same graph would count its samples twice
-        if ctx.counted:
+        if getattr(ctx, "counted", False):
             raise RuntimeError(
                 "each forward pass may be differentiated once while a FisherCollector is active, "
                 "got a second backward through the same graph"
             )
         ctx.counted = True
     wants = ctx.needs_input_grad
-    needs = [wants[i] for i in ctx.positions]
-    create_graph = torch.is_grad_enabled()
-    with torch.no_grad() if create_graph else nullcontext():
-        grads = moe_lora_backward(
-            grad_out, x, weight if has_base else None, lora_A, lora_B, router_weight, *rest[:5],
-            *ctx.config[:3], rest[5], ctx.config[3], rest[6], rest[7], needs, *ctx.fisher,
-        )  # fmt: skip
-    if create_graph:
+    needs = [wants[i] for i in positions]
+    arguments = (
+        grad_out, x, weight, lora_A, lora_B, router_weight, scaling, z, experts, gates, logits,
+        ranks, shared_A, renormalize, token_mask, dropout_p, dropout_seed, aux_coefs, needs,
+        *fisher,
+    )  # fmt: skip
+    if torch.is_grad_enabled():  # somebody asked for create_graph
+        with torch.no_grad():
+            grads = moe_lora_backward(*arguments)
         operands = (grad_out, x, lora_A, lora_B, router_weight)
         grads = DifferentiatedOnce.apply(4, *grads, *operands)  # type: ignore[no-untyped-call]
+    else:
+        grads = moe_lora_backward(*arguments)
     if all(needs):
-        return list(grads)
+        return grads  # type: ignore[no-any-return]
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
@@ -257,35 +265,32 @@ def _setup(ctx: Any, x: Tensor, weight: Tensor | None, shared: Any, outputs: For
         x, weight, lora_A, lora_B, router_weight,
         scaling, z, experts, gates, logits, token_mask, dropout_seed, aux_coefs,
     )  # fmt: skip
-    ctx.config = (ranks, shared_A, renormalize, dropout_p)
-    # attributes, not saved tensors: the backward adds to these buffers, and a layer that runs
-    # twice in one forward would then find its saved copy changed
-    ctx.fisher, ctx.counted = fisher, False
+    # fisher is no saved tensor: the backward adds to these buffers, and a layer that runs twice in
+    # one forward would then find its saved copy changed
+    ctx.config = (ranks, shared_A, renormalize, dropout_p, fisher)
 
 
 def _setup_linear(ctx: Any, inputs: Any, output: Forward) -> None:
     x, weight, _bias, *shared = inputs
-    ctx.positions = (0, 3, 4, 5)
     _setup(ctx, x, weight, shared, output)
 
 
 def _backward_linear(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 21
-    dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=True)
+    dx, dA, dB, drouter = _backward(ctx, grad_out, _LINEAR)
     return dx, None, None, dA, dB, drouter, *(None,) * 15
 
 
 def _setup_foreign(ctx: Any, inputs: Any, output: Forward) -> None:
     x, _base_out, *shared = inputs
-    ctx.positions = (0, 2, 3, 4)
     _setup(ctx, x, None, shared, output)
 
 
 def _backward_foreign(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 20
-    dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=False)
+    dx, dA, dB, drouter = _backward(ctx, grad_out, _FOREIGN)
     return dx, grad_out, dA, dB, drouter, *(None,) * 15
 
 
@@ -310,10 +315,8 @@ class _EagerFunction(torch.autograd.Function):
         router_weight: Tensor, rest: tuple[Any, ...], routing: list[Tensor],
     ) -> Tensor:  # fmt: skip
         shared = (lora_A, lora_B, router_weight, *rest)
-        ctx.linear = bias is not _FOREIGN
         output = _run(x, base, bias, shared)
-        ctx.positions = (0, 3, 4, 5)
-        _setup(ctx, x, base if ctx.linear else None, shared, output)
+        _setup(ctx, x, None if bias is _NO_LINEAR else base, shared, output)
         routing.extend(output[1:])
         return output[0]
 
@@ -321,18 +324,22 @@ class _EagerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 8
-        dx, dA, dB, drouter = _backward(ctx, grad_out, has_base=ctx.linear)
-        return dx, None if ctx.linear else grad_out, None, dA, dB, drouter, None, None
+        dx, dA, dB, drouter = _backward(ctx, grad_out, _LINEAR)
+        base = grad_out if ctx.needs_input_grad[1] else None
+        return dx, base, None, dA, dB, drouter, None, None
 
 
-_FOREIGN = object()
+# Function.apply would add a walk over the arguments for functorch, which is_traced has excluded
+_apply = super(torch.autograd.Function, _EagerFunction).apply
+
+_NO_LINEAR = object()
 """In place of a bias: the base is an output, not a weight."""
 
 
 def _run(x: Tensor, base: Tensor, bias: Any, shared: tuple[Any, ...]) -> Forward:
     """Call either operator, past what autograd has registered for it."""
     with torch._C._AutoDispatchBelowAutograd():
-        if bias is _FOREIGN:
+        if bias is _NO_LINEAR:
             return moe_lora(x, base, *shared)  # type: ignore[no-any-return]
         return moe_lora_linear(x, base, bias, *shared)  # type: ignore[no-any-return]
 
@@ -341,7 +348,7 @@ def _eager(x: Tensor, base: Tensor, bias: Any, shared: tuple[Any, ...]) -> Forwa
     if not torch.is_grad_enabled():
         return _run(x, base, bias, shared)
     routing: list[Tensor] = []
-    out = _EagerFunction.apply(x, base, bias, *shared[:3], shared[3:], routing)  # type: ignore[no-untyped-call]
+    out = _apply(x, base, bias, *shared[:3], shared[3:], routing)  # type: ignore[no-untyped-call]
     return out, *routing
 
 
@@ -356,7 +363,7 @@ def call(x: Tensor, base_out: Tensor, *shared: Any) -> Forward:
     """Call ``floe::moe_lora``, the shorter way where nothing traces or transforms it."""
     if is_traced():
         return moe_lora(x, base_out, *shared)  # type: ignore[no-any-return]
-    return _eager(x, base_out, _FOREIGN, shared)
+    return _eager(x, base_out, _NO_LINEAR, shared)
 
 
 def is_traced() -> bool:
