@@ -19,6 +19,13 @@ struct [[gnu::visibility("hidden")]] RowGradients {
   Tensor gate;         // (T,) float64: the gradient of a gate on the whole adapter
 };
 
+template <typename wide>
+cpu::AuxLosses<wide> aux_losses(const Experts& given, const cpu::Layer<wide>& layer,
+                                const Tensor& experts) {
+  if (!given.aux_coefs) return {};
+  return {layer, experts.const_data_ptr<int64_t>(), given.aux_coefs->const_data_ptr<float>()};
+}
+
 // grad_x holds the base's share of its gradient and gets the experts' added; base_share tells
 // whether it holds anything yet.
 void backward_dense(const Experts& given, const BackwardInputs& in, bool base_share,

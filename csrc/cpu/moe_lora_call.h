@@ -117,6 +117,7 @@ struct [[gnu::visibility("hidden")]] Experts {
         as_dtype(scaling, std::is_same_v<wide, double> ? ScalarType::Double : ScalarType::Float);
     const auto* values = static_cast<const wide*>(wide_scaling.const_data_ptr());
     out.scaling.assign(values, values + out.R);
+    out.scaling.resize((out.R + 63) / 64 * 64);  // read in whole vectors
     return out;
   }
 };

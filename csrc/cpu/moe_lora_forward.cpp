@@ -25,6 +25,7 @@ struct Dense {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t ld_z = (layer.C + 63) / 64 * 64, ld_h = (layer.R + 63) / 64 * 64;
       const cpu::Scratch z(step * ld_z * sizeof(wide)), h(step * ld_h * sizeof(elem));
+      const cpu::Scratch rows(cpu::token_scratch(layer.R));
       const int64_t ld_keep = keep_stride(layer.I);
       const cpu::Scratch keep(given.dropout.active ? step * ld_keep : 0);
       for (int64_t task = begin; task < end; ++task) {
@@ -40,25 +41,16 @@ struct Dense {
         kernels.narrow_rows(z.get(), ld_z, M, layer.C, given.dropout.scale, saved_z, layer.C);
         route_tokens(given, kernels, layer, to, t0, M);
         for (int64_t m = 0; m < M; ++m) {
-          mix_row(t0 + m, saved_z + m * layer.C, h.get<elem>() + m * ld_h, ld_h);
+          if (layer.masked(t0 + m)) std::fill_n(saved_z + m * layer.C, layer.C, scalar_t{});
         }
+        kernels.token_rows({M, layer.R, layer.C, layer.K, layer.first.data(), layer.shared_A,
+                            layer.mask ? layer.mask + t0 : nullptr, layer.scaling.data(), saved_z,
+                            to.experts.const_data_ptr<int64_t>() + t0 * layer.K,
+                            static_cast<const wide*>(to.gates.const_data_ptr()) + t0 * layer.K,
+                            nullptr, 0, h.get(), nullptr, ld_h, nullptr, rows.get()});
         expand_rows(t0, M, h.get(), ld_h, expand);
       }
     });
-  }
-
-  void mix_row(int64_t t, scalar_t* z, elem* h, int64_t ld_h) const {
-    const auto* gates = static_cast<const wide*>(to.gates.const_data_ptr());
-    const auto* experts = to.experts.const_data_ptr<int64_t>();
-    std::fill_n(h, ld_h, elem{});
-    if (layer.masked(t)) {
-      std::fill_n(z, layer.C, scalar_t{});
-      return;
-    }
-    for (int64_t k = t * layer.K; k < (t + 1) * layer.K; ++k) {
-      const int64_t e = experts[k];
-      cpu::mix(layer, e, gates[k], z + layer.column_of_z(e), h + layer.first[e]);
-    }
   }
 
   void expand_rows(int64_t t0, int64_t M, const void* h, int64_t ld_h, const void* panels) const {

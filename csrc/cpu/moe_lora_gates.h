@@ -16,7 +16,7 @@ template <typename wide>
 struct Layer {
   int64_t T, I, O, E, K, R, C;
   std::vector<int64_t> first;  // (E + 1,) the first packed column of every expert
-  std::vector<wide> scaling;   // (R,)
+  std::vector<wide> scaling;   // (R,), and zeros to a multiple of 64
   bool shared_A, renormalize;
   const bool* mask;  // (T,) or null
 
@@ -121,38 +121,15 @@ void logit_gradient(const Layer<wide>& layer, const wide* logits, const wide* ga
   }
 }
 
-// Coefficients as weight_grad reads them: (columns / mr, units of rows, mr, pack), so that column
-// c of row t is at index(c, t). Whoever fills it writes every row, zeros included.
+// Coefficients as weight_grad reads them: (columns / mr, Q, mr, pack). Whoever fills it writes
+// every row, zeros included.
 template <typename elem>
 struct Tiled {
   elem* data = nullptr;
-  int64_t Q, mr, pack;  // Q: units of all rows
+  int64_t Q;  // units of all rows
 
   static int64_t size(int64_t columns, int64_t Q, int64_t mr, int64_t pack) {
     return (columns + mr - 1) / mr * mr * Q * pack;
-  }
-  int64_t index(int64_t c, int64_t t) const {
-    return ((c / mr * Q + t / pack) * mr + c % mr) * pack + t % pack;
-  }
-  // Steps through the columns of one row without a division each.
-  struct Cursor {
-    elem* to;
-    int64_t m, mr, pack, jump;
-    void put(elem value) {
-      *to = value;
-      to += pack;
-      if (++m == mr) m = 0, to += jump;
-    }
-  };
-  Cursor cursor(int64_t c, int64_t t) const {
-    return {data + index(c, t), c % mr, mr, pack, (Q - 1) * mr * pack};
-  }
-  // Rows begin..end become zero; begin is a multiple of pack, and so is end unless it is the last.
-  void clear(int64_t columns, int64_t begin, int64_t end) const {
-    const int64_t units = (end + pack - 1) / pack - begin / pack;
-    for (int64_t c = 0; c < columns; c += mr) {
-      std::memset(static_cast<void*>(data + index(c, begin)), 0, units * mr * pack * sizeof(elem));
-    }
   }
 };
 

@@ -1,6 +1,5 @@
 #include "cpu/moe_lora_backward.h"
 #include "cpu/moe_lora_grouped.h"
-#include "cpu/moe_lora_token.h"
 
 namespace floe {
 namespace {
@@ -34,8 +33,7 @@ struct Grouped {
     std::memset(dz_tiled.get(), 0, offset.back() * sizeof(elem));
     std::memset(h_tiled.get(), 0, offset.back() * sizeof(elem));
     const auto tiles_of = [&](const cpu::Scratch& all, int64_t e) {
-      return cpu::Tiled<elem>{all.get<elem>() + offset[e], (slots.count(e) + pack - 1) / pack, mr,
-                              pack};
+      return cpu::Tiled<elem>{all.get<elem>() + offset[e], (slots.count(e) + pack - 1) / pack};
     };
     const Tensor lora_B = as_dtype(given.lora_B, given.x.scalar_type());
     const std::vector<cpu::Run> runs = cpu::cut(slots, E, kSlotsPerTask);
@@ -59,10 +57,10 @@ struct Grouped {
     });
     first.run();
 
-    const int64_t ld_dl = (E + 7) / 8 * 8, Q = (T + pack - 1) / pack;
+    const int64_t ld_dl = (E + 15) / 16 * 16, Q = (T + pack - 1) / pack;
     const cpu::Scratch dl(T * ld_dl * sizeof(elem));
     const cpu::Scratch dl_tiled(cpu::Tiled<elem>::size(E, Q, mr, pack) * sizeof(elem));
-    const cpu::Tiled<elem> tiles{dl_tiled.get<elem>(), Q, mr, pack};
+    const cpu::Tiled<elem> tiles{dl_tiled.get<elem>(), Q};
     grad_logits(grad_gates.get<wide>(), dl.get<elem>(), ld_dl, tiles);
 
     Loops last;
@@ -164,16 +162,16 @@ struct Grouped {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(layer.T, end * step);
       std::vector<wide> grad(E);
-      tiled.clear(E, begin * step, last);
       std::fill_n(dl + begin * step * ld, (last - begin * step) * ld, elem{});
       for (int64_t t = begin * step; t < last; ++t) {
         if (layer.masked(t)) continue;
         cpu::logit_gradient(layer, logits + t * E, gates + t * K, experts + t * K,
                             grad_gates + t * K, aux, grad.data());
-        auto to = tiled.cursor(0, t);
-        for (int64_t e = 0; e < E; ++e) to.put(dl[t * ld + e] = cpu::narrow<elem>(grad[e]));
+        for (int64_t e = 0; e < E; ++e) dl[t * ld + e] = cpu::narrow<elem>(grad[e]);
         if (in.keeps_rows) keep_row(t, gates + t * K, grad_gates + t * K, grad);
       }
+      kernels.tile_rows({dl + begin * step * ld, ld, last - begin * step, E, tiled.data, tiled.Q,
+                         begin * step / kernels.pack});
     });
   }
 

@@ -85,6 +85,36 @@ struct GatherDots {  // sums (M, N) = rows[0..M] of x times rows of w
 
 inline constexpr int64_t kDotScratchRows = 8;
 
+// What M tokens multiply in the dense regime, zero in the columns of experts that a token does not
+// keep: h = scaling * gate * z and, from u = dy lora_B^T, dz = scaling * gate * u, summed over the
+// experts where they share one A.
+struct TokenRows {
+  int64_t M, R, C, K;
+  const int64_t* first;  // (experts + 1,) columns
+  bool shared_A;
+  const bool* mask;        // (M,) or null
+  const void* scaling;     // (R,) sums' type, readable in whole vectors
+  const void* z;           // (M, C) in x's dtype
+  const int64_t* experts;  // (M, K)
+  const void* gates;       // (M, K) sums' type
+  const void* u;           // (M, ld_u >= R in whole vectors), or null: h alone
+  int64_t ld_u;
+  void *h, *dz;  // (M, ld) elements, zero from R and C to the next unit
+  int64_t ld;
+  void* grad_gates;  // (M, K) sums of scaling * z * u
+  void* scratch;     // token_scratch(R) bytes
+};
+
+inline int64_t token_scratch(int64_t R) { return (R + 128) * 33; }  // three sums, x, a bit
+
+// Rows (M, N), readable in whole vectors, as coefficients of weight_grad from unit q on.
+struct TileRows {
+  const void* rows;
+  int64_t ld, M, N;
+  void* tiled;
+  int64_t Q, q;
+};
+
 // M slots of one expert, from u = dy lora_B^T to what multiplies x and dy in every gradient.
 struct SlotGrads {
   int64_t M, rank;
@@ -142,6 +172,8 @@ struct Kernels {
   void (*weight_grad)(const RowsOf&, int64_t first, int64_t last, const WeightGrad*, int64_t count,
                       void* scratch);
   void (*gather_dots)(const GatherDots&);
+  void (*token_rows)(const TokenRows&);
+  void (*tile_rows)(const TileRows&);
   void (*slot_grads)(const SlotGrads&);
   // Columns of panels first..last; see expand_panels and expand_scratch.
   void (*gather_expand)(const GatherExpand&, int64_t first, int64_t last, void* scratch);

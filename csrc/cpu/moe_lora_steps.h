@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/moe_lora_kernels.h"
+#include "cpu/moe_lora_token_steps.h"
 #include "cpu/tile.h"
 
 namespace floe::cpu {
@@ -35,6 +36,7 @@ struct Steps {
   using unit = typename V::unit;
   using acc = typename V::acc;
   static constexpr int64_t NR = kNR<V>, MR = V::kMR;
+  using Tokens = TokenSteps<V, scalar_t>;
 
   static void pack_columns(const Matrix& w, int64_t panel, void* out) {
     with_dtype<scalar_t>(w.dtype, [&](auto zero) __attribute__((always_inline)) {
@@ -133,6 +135,13 @@ struct Steps {
         const int64_t M = least(MR, e.M - m);
         for (int64_t p = p0; p < least(p0 + group, panels); ++p) {
           const int64_t n0 = p * NR, width = panel_width<V>(e.O, p);
+          const scalar_t* from = base ? base + m * e.ld_base + n0 : nullptr;
+          scalar_t* to = out + m * e.ld_out + n0;
+          if (M == MR && NR <= e.O - n0 && !e.keep && Q <= kUnits) {
+            expand_tile<V>(product(e.first, m, n0), product(e.second, m, n0), from, e.ld_base, to,
+                           e.ld_out);
+            continue;
+          }
           multiply(e.first, m, M, n0, width, sums, false);
           if (e.keep) {
             for (int64_t i = 0; i < M; ++i) {
@@ -142,18 +151,24 @@ struct Steps {
           }
           if (e.second.rows) multiply(e.second, m, M, n0, width, sums, true);
           for (int64_t i = 0; i < M; ++i) {
-            add_row<V>(sums + i * NR, least(NR, e.O - n0),
-                       base ? base + (m + i) * e.ld_base + n0 : nullptr,
-                       out + (m + i) * e.ld_out + n0);
+            add_row<V>(sums + i * NR, least(NR, e.O - n0), from ? from + i * e.ld_base : nullptr,
+                       to + i * e.ld_out);
           }
         }
       }
     }
   }
 
+  static constexpr int64_t kUnits = 256;  // longer chains of float32 sums lose digits
+
+  static FLOE_INLINE Product<V> product(const Term& term, int64_t m, int64_t n0) {
+    const int64_t Q = units<V>(term.K);
+    return {static_cast<const elem*>(term.rows) + m * term.ld, term.ld, Q,
+            static_cast<const unit*>(term.panels) + n0 * Q};
+  }
+
   static FLOE_INLINE void multiply(const Term& term, int64_t m, int64_t M, int64_t n0,
                                    int64_t width, acc* sums, bool add) {
-    constexpr int64_t kUnits = 256;  // longer chains of float32 sums lose digits
     const int64_t Q = units<V>(term.K);
     const auto* rows = static_cast<const elem*>(term.rows) + m * term.ld;
     const auto* panel = static_cast<const unit*>(term.panels) + n0 * Q;
@@ -225,62 +240,6 @@ struct Steps {
     }
   }
 
-  static void slot_grads(const SlotGrads& s) {
-    using W = typename V::Wide;
-    const auto* scaling = static_cast<const acc*>(s.scaling);
-    const auto* gates = static_cast<const acc*>(s.gates);
-    auto* grad_gates = static_cast<acc*>(s.grad_gates);
-    alignas(64) elem dz[V::kPack][V::kLanes], h[V::kPack][V::kLanes];
-    alignas(64) unit pairs[V::kLanes];
-    const elem *dz_rows[V::kPack], *h_rows[V::kPack];
-    for (int i = 0; i < V::kPack; ++i) dz_rows[i] = dz[i], h_rows[i] = h[i];
-    for (int64_t m = 0; m < s.M; m += V::kPack) {
-      acc sums[V::kPack] = {};
-      for (int64_t c = 0; c < s.rank; c += V::kLanes) {
-        const int64_t count = least(V::kLanes, s.rank - c);
-        alignas(64) acc factor[V::kLanes] = {}, u[V::kLanes] = {};
-        alignas(64) scalar_t z[V::kLanes] = {};
-        std::memcpy(factor, scaling + c, count * sizeof(acc));
-        for (int64_t i = 0; i < V::kPack; ++i) {
-          typename V::reg du = V::zero(), mixed = V::zero();
-          if (m + i < s.M) {
-            const int64_t t = s.tokens[m + i];
-            const acc gate = gates[t * s.K + s.choices[m + i]];
-            std::memcpy(u, static_cast<const acc*>(s.u) + (m + i) * s.ld_u + c,
-                        count * sizeof(acc));
-            std::memcpy(static_cast<void*>(z), static_cast<const scalar_t*>(s.z) + t * s.C + c,
-                        count * sizeof(scalar_t));
-            const typename V::reg scaled =
-                W::multiply_add(V::zero(), V::load(factor), V::load_wide(z));
-            sums[i] += W::total(W::multiply_add(V::zero(), scaled, V::load(u)));
-            mixed = V::scale(scaled, gate);
-            du = V::scale(W::multiply_add(V::zero(), V::load(factor), V::load(u)), gate);
-          }
-          V::store_narrow(dz[i], du), V::store_narrow(h[i], mixed);
-          if (m + i < s.M) {
-            auto* row = static_cast<elem*>(s.dz) + (m + i) * s.ld_dz + c;
-            std::memcpy(static_cast<void*>(row), dz[i],
-                        least(V::kLanes, s.ld_dz - c) * sizeof *row);
-          }
-        }
-        V::interleave(dz_rows, 0, pairs);
-        scatter_units(pairs, c, count, s.q + m / V::kPack, s.Q, s.dz_tiled);
-        V::interleave(h_rows, 0, pairs);
-        scatter_units(pairs, c, count, s.q + m / V::kPack, s.Q, s.h_tiled);
-      }
-      for (int64_t i = 0; i < V::kPack && m + i < s.M; ++i) {
-        grad_gates[s.tokens[m + i] * s.K + s.choices[m + i]] = sums[i];
-      }
-    }
-  }
-
-  // Unit q of columns c..c + count, to their place in tiles of mr columns.
-  static FLOE_INLINE void scatter_units(const unit* from, int64_t c, int64_t count, int64_t q,
-                                        int64_t Q, void* tiled) {
-    auto* to = static_cast<unit*>(tiled);
-    for (int64_t n = c; n < c + count; ++n) to[(n / MR * Q + q) * MR + n % MR] = from[n - c];
-  }
-
   // A block of this many elements of a few dozen rows of w stays in L1 while all rows of x pass.
   static constexpr int64_t kDotBlock = V::kPack == 1 ? 1 << 30 : 1024;
 
@@ -296,6 +255,12 @@ struct Steps {
     for (int64_t m = 0; m < g.M; m += V::kDotM) {
       const int64_t M = least(V::kDotM, g.M - m);
       acc* sums = static_cast<acc*>(g.sums) + m * g.ld_sums;
+      for (int64_t i = m + V::kDotM; g.rows && i < least(m + 2 * V::kDotM, g.M); ++i) {
+        const auto* row = reinterpret_cast<const char*>(x + g.rows[i] * g.ld + k0);
+        for (int64_t at = 0; at < K * static_cast<int64_t>(sizeof *x); at += 64) {
+          __builtin_prefetch(row + at, 0, 2);
+        }
+      }
       const scalar_t* rows[V::kDotM];
       const elem* dropped[V::kDotM];
       for (int64_t i = 0; i < M; ++i) {
@@ -390,9 +355,23 @@ struct Steps {
   }
 
   static constexpr Kernels table(Dtype elem_dtype) {
-    return {elem_dtype,    V::kPack,     MR,           NR,          V::kLanes,
-            &pack_columns, &pack_rows,   &keep_bits,   &shrink,     &narrow_rows,
-            &expand,       &weight_grad, &gather_dots, &slot_grads, &gather_expand};
+    return {elem_dtype,
+            V::kPack,
+            MR,
+            NR,
+            V::kLanes,
+            &pack_columns,
+            &pack_rows,
+            &keep_bits,
+            &shrink,
+            &narrow_rows,
+            &expand,
+            &weight_grad,
+            &gather_dots,
+            &Tokens::token_rows,
+            &Tokens::tile_rows,
+            &Tokens::slot_grads,
+            &gather_expand};
   }
 };
 

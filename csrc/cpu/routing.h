@@ -22,9 +22,16 @@ void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K, bool renorma
   using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
   std::iota(order, order + E, int64_t{0});
-  std::partial_sort(order, order + K, order + E, [&](int64_t a, int64_t b) {
+  const auto before = [&](int64_t a, int64_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-  });
+  };
+  if (K * E <= 64) {  // looking K times is faster than a heap
+    for (int64_t k = 0; k < K; ++k) {
+      std::swap(order[k], *std::min_element(order + k, order + E, before));
+    }
+  } else {
+    std::partial_sort(order, order + K, order + E, before);
+  }
 
   // order[0] is the row maximum, so every exponent is <= 0 and no exp overflows.
   const acc_t top = logits[order[0]];
@@ -33,9 +40,18 @@ void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K, bool renorma
   };
 
   acc_t total = 0;
-  for (int64_t k = 0; k < (renormalize ? K : E); ++k) total += weight(k);
+  for (int64_t k = 0; k < E && !renormalize; ++k) total += weight(k);
   for (int64_t k = 0; k < K; ++k) {
-    gates[k] = static_cast<scalar_t>(weight(k) / total);
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      gates[k] = weight(k);  // each once
+      if (renormalize) total += gates[k];
+    } else if (renormalize) {
+      total += weight(k);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const bool known = std::is_same_v<scalar_t, acc_t>;
+    gates[k] = static_cast<scalar_t>((known ? static_cast<acc_t>(gates[k]) : weight(k)) / total);
     experts[k] = order[k];
   }
 }

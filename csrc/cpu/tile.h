@@ -26,6 +26,13 @@ FLOE_INLINE int64_t panel_width(int64_t N, int64_t p) {
   return ceil_div(least(N - p * kNR<V>, kNR<V>), V::kLanes) * V::kLanes;
 }
 
+template <typename V>
+struct Product {  // Q units of rows `ld` elements apart, and of a panel
+  const typename V::elem* rows;
+  int64_t ld, Q;
+  const typename V::unit* panel;
+};
+
 // sums (MR, NV * kLanes) of a (MR, Q) and a panel b. Element (m, q) of a is at m * a_m + q * a_q,
 // in units of the element type: a may be rows of a wide matrix, or a packed tile. To add is the
 // last step, not the first: a long sum cut into blocks then rounds like a tree, not like a chain.
@@ -100,6 +107,44 @@ void any_tile(int64_t M, int64_t Q, const typename V::elem* a, int64_t a_m, int6
 #undef FLOE_ROWS
 }
 
+// out (kMR, kNR) = base, null for zero, + the sum of one or two products, whose rows are
+// those of wide matrices: what tile() would store and read again stays in registers.
+template <typename V, typename scalar_t>
+void expand_tile(const Product<V>& first, const Product<V>& second, const scalar_t* base,
+                 int64_t ld_base, scalar_t* out, int64_t ld_out) {
+  using unit = typename V::unit;
+  typename V::reg sum[V::kMR][V::kNV];
+#pragma GCC unroll 8
+  for (int m = 0; m < V::kMR; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V::kNV; ++v) sum[m][v] = V::zero();
+  }
+  const Product<V>* const products[] = {&first, &second};
+  for (const Product<V>* product : products) {
+    const unit* b = product->panel;
+    for (int64_t q = 0; q < product->Q; ++q, b += kNR<V>) {
+      typename V::ureg column[V::kNV];
+#pragma GCC unroll 4
+      for (int v = 0; v < V::kNV; ++v) column[v] = V::load_units(b + v * V::kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < V::kMR; ++m) {
+        const typename V::ureg row = V::broadcast(
+            reinterpret_cast<const unit*>(product->rows + m * product->ld + q * V::kPack));
+#pragma GCC unroll 4
+        for (int v = 0; v < V::kNV; ++v) sum[m][v] = V::multiply_add(sum[m][v], row, column[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < V::kMR; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V::kNV; ++v) {
+      if (base) sum[m][v] = V::add(V::load_wide(base + m * ld_base + v * V::kLanes), sum[m][v]);
+      V::store_narrow(out + m * ld_out + v * V::kLanes, sum[m][v]);
+    }
+  }
+}
+
 // Copies K elements of a row into Q units. keep, where given, has one bit an element and is zero
 // where the element is dropped; `first` is the bit of row[0], a multiple of 16.
 template <typename V, typename scalar_t>
@@ -161,10 +206,11 @@ struct Rows {
 // Unit q of a sum over K rows from k0 on: kPack rows, null where one is masked or beyond K.
 template <typename V, typename scalar_t>
 struct RowsOfUnit {
-  const scalar_t* row[V::kPack];
+  const scalar_t* row[V::kPack] = {};
   const uint8_t* keep[V::kPack] = {};
   bool whole = true;  // none is null, and none drops elements
 
+  RowsOfUnit() = default;
   FLOE_INLINE RowsOfUnit(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t q) {
     for (int i = 0; i < V::kPack; ++i) {
       const int64_t k = q * V::kPack + i;
@@ -212,17 +258,25 @@ void pack_rows(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t n0, in
 }
 
 // Rows k0..k0 + K of panels first..last of `cols` columns, a panel every `size` units, from unit q0
-// on. A unit of all panels comes before the next unit, so that reading runs along rows.
+// on. A few units of all panels come before the next units, so that reading runs along rows.
 template <typename V, typename scalar_t>
 void pack_panels(const Rows<scalar_t>& from, int64_t k0, int64_t K, int64_t cols, int64_t first,
                  int64_t last, int64_t size, int64_t q0, typename V::unit* out) {
-  constexpr int64_t kAhead = 4;
-  for (int64_t q = 0; q < units<V>(K); ++q) {
-    const RowsOfUnit<V, scalar_t> now(from, k0, K, q), next(from, k0, K, q + kAhead);
+  constexpr int64_t kTogether = 4;
+  using Unit = RowsOfUnit<V, scalar_t>;
+  for (int64_t q = 0; q < units<V>(K); q += kTogether) {
+    Unit now[kTogether], next[kTogether];
+    const int64_t count = least(kTogether, units<V>(K) - q);
+    for (int64_t i = 0; i < count; ++i) {
+      now[i] = Unit(from, k0, K, q + i), next[i] = Unit(from, k0, K, q + kTogether + i);
+    }
     for (int64_t p = first; p < last; ++p) {
       const int64_t n0 = p * kNR<V>, width = panel_width<V>(cols, p);
-      if (from.rows) next.prefetch(n0, width);
-      now.pack(n0, least(kNR<V>, cols - n0), width, out + (p - first) * size + (q0 + q) * width);
+      typename V::unit* to = out + (p - first) * size + (q0 + q) * width;
+      for (int64_t i = 0; i < count; ++i, to += width) {
+        if (from.rows) next[i].prefetch(n0, width);  // a prefetcher foresees only rows in order
+        now[i].pack(n0, least(kNR<V>, cols - n0), width, to);
+      }
     }
   }
 }

@@ -86,13 +86,18 @@ struct Suite {
     }
   }
 
-  std::vector<elem> elements(int64_t rows, int64_t cols, int64_t ld) const {
+  template <typename T>
+  std::vector<T> elements_of(int64_t rows, int64_t cols, int64_t ld) const {
     std::uniform_real_distribution<float> uniform(-1, 1);
-    std::vector<elem> out(rows * ld);
+    std::vector<T> out(rows * ld);
     for (int64_t i = 0; i < rows * ld; ++i) {
-      out[i] = i % ld < cols ? narrow<elem>(uniform(random)) : elem{};
+      out[i] = i % ld < cols ? narrow<T>(uniform(random)) : T{};
     }
     return out;
+  }
+
+  std::vector<elem> elements(int64_t rows, int64_t cols, int64_t ld) const {
+    return elements_of<elem>(rows, cols, ld);
   }
 
   void expand(int64_t M, int64_t K, int64_t E, int64_t O) const {
@@ -102,25 +107,76 @@ struct Suite {
     const auto keep = bits(M, O, ld_keep);
     const auto w_panels = packed(w.matrix(dtype), true);
     const auto second_panels = packed(second.matrix(dtype), true);
-    std::vector<scalar_t> out(M * O);
-    kernels.expand({M,
-                    O,
-                    {a.data(), ld, K, w_panels.data()},
-                    {b.data(), ld_e, E, second_panels.data()},
-                    keep.data(),
-                    ld_keep,
-                    1.5,
-                    base.data.data(),
-                    out.data(),
-                    O,
-                    O});
-    for (int64_t i = 0; i < M * O; ++i) {
-      const int64_t m = i / O, o = i % O;
-      double expected = 0;
-      for (int64_t k = 0; k < K; ++k) expected += 1.5 * widen(a[m * ld + k]) * w.at(k, o);
-      if (!kept(keep, ld_keep, m, o)) expected = 0;
-      for (int64_t e = 0; e < E; ++e) expected += widen(b[m * ld_e + e]) * second.at(e, o);
-      expect_close("expand", widen(out[i]), expected + base.values[i], stored_tolerance);
+    for (const bool drop : {false, true}) {
+      std::vector<scalar_t> out(M * O);
+      kernels.expand({M,
+                      O,
+                      {a.data(), ld, K, w_panels.data()},
+                      {b.data(), ld_e, E, second_panels.data()},
+                      drop ? keep.data() : nullptr,
+                      ld_keep,
+                      drop ? 1.5 : 1,
+                      drop ? base.data.data() : nullptr,
+                      out.data(),
+                      O,
+                      O});
+      for (int64_t i = 0; i < M * O; ++i) {
+        const int64_t m = i / O, o = i % O;
+        double expected = 0;
+        for (int64_t k = 0; k < K; ++k) expected += widen(a[m * ld + k]) * w.at(k, o);
+        if (drop) expected = kept(keep, ld_keep, m, o) ? 1.5 * expected : 0;
+        for (int64_t e = 0; e < E; ++e) expected += widen(b[m * ld_e + e]) * second.at(e, o);
+        expect_close("expand", widen(out[i]), expected + (drop ? base.values[i] : 0),
+                     stored_tolerance);
+      }
+    }
+  }
+
+  // Tokens keep two of three experts, of r, r + 1 and r columns, or two of three heads.
+  void token_rows(int64_t M, int64_t r, bool shared_A) const {
+    const std::vector<int64_t> first{0, r, 2 * r + !shared_A, 3 * r + !shared_A};
+    const int64_t R = first[3], C = shared_A ? r : R, ld = (R + 63) / 64 * 64;
+    const Stored<scalar_t> z(M, C, random);
+    const auto u = elements_of<wide>(M, R, ld), scaling = elements_of<wide>(1, R, ld),
+               gates = elements_of<wide>(M, 2, 2);
+    std::vector<int64_t> experts;
+    for (int64_t m = 0; m < M; ++m) experts.push_back((m + 1) % 3), experts.push_back(m % 3);
+    const auto mask = std::make_unique<bool[]>(M);
+    for (int64_t m = 0; m < M; ++m) mask[m] = m % 5 != 3;
+    std::vector<elem> h(M * ld), dz(M * ld);
+    std::vector<wide> grad_gates(2 * M);
+    std::vector<char> scratch(token_scratch(R), 0x7f);
+    kernels.token_rows({M, R, C, 2, first.data(), shared_A, mask.get(), scaling.data(),
+                        z.data.data(), experts.data(), gates.data(), u.data(), ld, h.data(),
+                        dz.data(), ld, grad_gates.data(), scratch.data()});
+    const int64_t tiles = (R + kernels.mr - 1) / kernels.mr,
+                  Q = (M + kernels.pack - 1) / kernels.pack;
+    std::vector<elem> tiled(tiles * kernels.mr * Q * kernels.pack);
+    kernels.tile_rows({h.data(), ld, M, R, tiled.data(), Q, 0});
+    for (int64_t m = 0; m < M; ++m) {
+      std::vector<double> expected_h(R), expected_dz(C);
+      for (int64_t k = 0; k < 2 && mask[m]; ++k) {
+        const int64_t e = experts[2 * m + k];
+        double gradient = 0;
+        for (int64_t c = first[e]; c < first[e + 1]; ++c) {
+          const int64_t own = shared_A ? c - first[e] : c;
+          const double factor = scaling[c], gate = gates[2 * m + k], du = u[m * ld + c];
+          expected_h[c] = factor * gate * z.at(m, own);
+          expected_dz[own] += factor * gate * du;
+          gradient += factor * z.at(m, own) * du;
+        }
+        expect_close("gate gradients", grad_gates[2 * m + k], gradient, tolerance);
+      }
+      for (int64_t c = 0; c < R; ++c) {
+        expect_close("h", widen(h[m * ld + c]), expected_h[c], stored_tolerance);
+        const int64_t place =
+            ((c / kernels.mr * Q + m / kernels.pack) * kernels.mr + c % kernels.mr) * kernels.pack +
+            m % kernels.pack;
+        expect_close("tile_rows", widen(tiled[place]), widen(h[m * ld + c]), 0);
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        expect_close("dz", widen(dz[m * ld + c]), expected_dz[c], stored_tolerance);
+      }
     }
   }
 
@@ -207,6 +263,7 @@ struct Suite {
         weight_grad(4 * M, N, 101, N == 31);
         gathered(M, 67, N, 101);
       }
+      for (const int64_t r : {1, 8, 21}) token_rows(M, r, false), token_rows(M, r, true);
     }
     shrink(9, 1100, 5);
     expand(3, 600, 2, 20);
