@@ -137,10 +137,12 @@ struct Steps {
           const int64_t n0 = p * NR, width = panel_width<V>(e.O, p);
           const scalar_t* from = base ? base + m * e.ld_base + n0 : nullptr;
           scalar_t* to = out + m * e.ld_out + n0;
-          if (M == MR && NR <= e.O - n0 && !e.keep && Q <= kUnits) {
-            expand_tile<V>(product(e.first, m, n0), product(e.second, m, n0), from, e.ld_base, to,
-                           e.ld_out);
-            continue;
+          if constexpr (MR <= 8) {  // more rows are tile registers, which any_tile fills
+            if (M == MR && NR <= e.O - n0 && !e.keep && Q <= kUnits) {
+              expand_tile<V>(product(e.first, m, n0), product(e.second, m, n0), from, e.ld_base, to,
+                             e.ld_out);
+              continue;
+            }
           }
           multiply(e.first, m, M, n0, width, sums, false);
           if (e.keep) {
