@@ -58,7 +58,7 @@ def moe_lora_linear(
 
     Memory at the peak, on a CPU with the C++ kernels, in bytes beyond the arguments: forward
     ``b * (N * (O + C + G) + W) + N * (4 * E + 12 * K)``, backward
-    ``b * (N * (I + (3 * G or 2 * C + R) + 2 * E) + 2 * W)``, and up to 2 MiB a thread. b is the
+    ``b * (N * (I + (3 * G or C + R) + 2 * E) + 2 * W)``, and up to 2 MiB a thread. b is the
     size of an element of x; C is R, or r with ``shared_A``; W is ``C * I + R * O + E * I``, the
     adapter's elements; G is 0, or ``K * max(ranks)`` where so many columns wait for so few experts
     that tokens are sorted by expert. Dropout adds ``N * I / 8``, and ``fisher`` in the backward
