@@ -20,8 +20,8 @@ struct TokenSteps {
 
   static void token_rows(const TokenRows& s) {
     const int64_t width = ceil_div(s.R, V::kLanes) * V::kLanes;
-    auto* gate =
-        static_cast<acc*>(s.scratch);  // of every column; any value where no expert is kept
+    // every column's gate: whatever it was where no expert is kept, which the bits hide
+    auto* gate = static_cast<acc*>(s.scratch);
     acc *products = gate + width, *du = products + width;
     auto* z_row = reinterpret_cast<scalar_t*>(du + width + V::kLanes);
     auto* bits = reinterpret_cast<uint8_t*>(z_row + width);
@@ -39,13 +39,12 @@ struct TokenSteps {
         const int64_t begin = s.first[experts[k]], end = s.first[experts[k] + 1];
         for (int64_t c = begin; c < end; ++c) gate[c] = gates[k];
         set_bits(bits, begin, end);
-        if (s.shared_A)
-          std::memcpy(static_cast<void*>(z_row + begin), z, (end - begin) * sizeof *z);
+        if (s.shared_A) copy(z, end - begin, z_row + begin);
       }
       if (s.shared_A) {
         columns(width, scaling, gate, bits, z_row, u, h, du, products);
       } else {
-        std::memcpy(static_cast<void*>(z_row), z, s.R * sizeof *z);
+        copy(z, s.R, z_row);
         columns(width, scaling, gate, bits, z_row, u, h, dz, products);
       }
       if (!u) continue;
@@ -90,7 +89,7 @@ struct TokenSteps {
         alignas(64) scalar_t z[V::kLanes] = {};
         std::memcpy(factor, scaling + c, count * sizeof(acc));
         for (int64_t i = 0; i < V::kPack; ++i) {
-          typename V::reg du = V::zero(), mixed = V::zero();
+          reg du = V::zero(), mixed = V::zero();
           if (m + i < s.M) {
             const int64_t t = s.tokens[m + i];
             const acc gate = gates[t * s.K + s.choices[m + i]];
@@ -98,11 +97,10 @@ struct TokenSteps {
                         count * sizeof(acc));
             std::memcpy(static_cast<void*>(z), static_cast<const scalar_t*>(s.z) + t * s.C + c,
                         count * sizeof(scalar_t));
-            const typename V::reg scaled =
-                W::multiply_add(V::zero(), V::load(factor), V::load_wide(z));
-            sums[i] += W::total(W::multiply_add(V::zero(), scaled, V::load(u)));
+            const reg scaled = multiply(V::load(factor), V::load_wide(z));
+            sums[i] += W::total(multiply(scaled, V::load(u)));
             mixed = V::scale(scaled, gate);
-            du = V::scale(W::multiply_add(V::zero(), V::load(factor), V::load(u)), gate);
+            du = V::scale(multiply(V::load(factor), V::load(u)), gate);
           }
           V::store_narrow(dz[i], du), V::store_narrow(h[i], mixed);
           if (m + i < s.M) {
@@ -123,6 +121,10 @@ struct TokenSteps {
   }
 
  private:
+  static FLOE_INLINE void copy(const scalar_t* from, int64_t count, scalar_t* to) {
+    std::memcpy(static_cast<void*>(to), from, count * sizeof *to);
+  }
+
   static FLOE_INLINE void set_bits(uint8_t* bits, int64_t begin, int64_t end) {
     for (; begin < end && (begin % 8 || end - begin < 8); ++begin) {
       bits[begin / 8] = static_cast<uint8_t>(bits[begin / 8] | 1 << begin % 8);

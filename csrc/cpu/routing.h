@@ -39,19 +39,17 @@ void topk_softmax_row(const scalar_t* logits, int64_t E, int64_t K, bool renorma
     return std::exp(static_cast<acc_t>(logits[order[k]]) - top);
   };
 
+  constexpr bool kOnce = std::is_same_v<scalar_t, acc_t>;  // a gate can hold an exponent's value
   acc_t total = 0;
-  for (int64_t k = 0; k < E && !renormalize; ++k) total += weight(k);
+  for (int64_t e = 0; e < E && !renormalize; ++e) total += weight(e);
   for (int64_t k = 0; k < K; ++k) {
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      gates[k] = weight(k);  // each once
-      if (renormalize) total += gates[k];
-    } else if (renormalize) {
-      total += weight(k);
-    }
+    const acc_t own = weight(k);
+    if (kOnce) gates[k] = static_cast<scalar_t>(own);
+    if (renormalize) total += own;
   }
   for (int64_t k = 0; k < K; ++k) {
-    const bool known = std::is_same_v<scalar_t, acc_t>;
-    gates[k] = static_cast<scalar_t>((known ? static_cast<acc_t>(gates[k]) : weight(k)) / total);
+    const acc_t own = kOnce ? static_cast<acc_t>(gates[k]) : weight(k);
+    gates[k] = static_cast<scalar_t>(own / total);
     experts[k] = order[k];
   }
 }
