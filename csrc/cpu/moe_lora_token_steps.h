@@ -122,6 +122,7 @@ struct TokenSteps {
 
  private:
   static FLOE_INLINE void copy(const scalar_t* from, int64_t count, scalar_t* to) {
+    if (count == 0) return;  // an empty tensor's memory may be nowhere
     std::memcpy(static_cast<void*>(to), from, count * sizeof *to);
   }
 
