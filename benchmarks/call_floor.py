@@ -2,7 +2,8 @@
 
 Beside the layer, its peer and the frozen linear: an ``autograd.Function`` that takes, saves and
 returns the same tensors and computes nothing, and both operators called past autograd. Inputs are
-cold, as in ``benchmarks.run``; rows are medians in microseconds.
+cold, as in ``benchmarks.run``; rows are medians in microseconds. ``--decode`` times forward alone,
+without gradients.
 """
 
 import argparse
@@ -57,6 +58,11 @@ def timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> Timed:
     return run
 
 
+def decoding(step: registry.Step) -> Timed:
+    """Bind a forward alone, without gradients."""
+    return timed(torch.no_grad()(step.forward), lambda _: None)
+
+
 def empty_function(inputs: MoELoRAInputs) -> Timed:
     """Bind :class:`Empty` to leaves."""
     leaves = [leaf(t) for t in (inputs.x, inputs.lora_A, inputs.lora_B, inputs.router_weight)]
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--case", default="T8-bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--decode", action="store_true", help="forward alone, without gradients")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.empty(24 << 20, dtype=torch.uint8)  # freed: from now on malloc keeps what it gets back
@@ -113,10 +120,14 @@ def main() -> None:
     rows: dict[str, list[Timed]] = {}
     for name in ("base", "ours", "dense-cat", "dense-cat by hand"):
         steps = [op.providers[name].build(inputs) for inputs in sets]
-        rows[name] = [timed(step.forward, step.backward) for step in steps]
-    rows["operators"] = [operators(inputs) for inputs in sets]
-    rows["products"] = [products(inputs) for inputs in sets]
-    rows["empty function"] = [empty_function(inputs) for inputs in sets]
+        rows[name] = [
+            decoding(step) if options.decode else timed(step.forward, step.backward)
+            for step in steps
+        ]
+    if not options.decode:
+        rows["operators"] = [operators(inputs) for inputs in sets]
+        rows["products"] = [products(inputs) for inputs in sets]
+        rows["empty function"] = [empty_function(inputs) for inputs in sets]
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     order = list(rows)
     for _ in range(options.rounds + 1):
@@ -135,12 +146,13 @@ def main() -> None:
             f"  sum {total * 1e6:7.1f}  beyond the linear {(total - base) * 1e6:7.1f}"
         )
     peer = min(sum(medians[n]) for n in medians if n.startswith("dense-cat")) - base
-    moved = sum(t.nbytes for t in (sets[0].lora_A, sets[0].lora_B)) * 3
-    print(
-        f"overhead over dense-cat's: {(sum(medians['ours']) - base) / peer:.3f}; lora_A and lora_B "
-        f"read twice and their gradients written: "
-        f"{moved / roofline.peak_bandwidth('cpu') * 1e6:.0f} us at the copy's bandwidth"
-    )
+    print(f"overhead over dense-cat's: {(sum(medians['ours']) - base) / peer:.3f}")
+    if not options.decode:
+        moved = sum(t.nbytes for t in (sets[0].lora_A, sets[0].lora_B)) * 3
+        print(
+            f"lora_A and lora_B read twice and their gradients written: "
+            f"{moved / roofline.peak_bandwidth('cpu') * 1e6:.0f} us at the copy's bandwidth"
+        )
 
 
 if __name__ == "__main__":

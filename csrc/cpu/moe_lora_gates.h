@@ -22,7 +22,6 @@ struct Layer {
 
   bool masked(int64_t t) const { return mask && !mask[t]; }
   int64_t rank(int64_t e) const { return first[e + 1] - first[e]; }
-  int64_t column_of_z(int64_t e) const { return shared_A ? 0 : first[e]; }
 };
 
 // Chooses the experts of token t; a masked one gets the first K with gate and logits 0.
@@ -46,15 +45,6 @@ void mix(const Layer<wide>& layer, int64_t e, wide gate, const scalar_t* z, elem
   const wide* scaling = layer.scaling.data() + layer.first[e];
   for (int64_t c = 0; c < layer.rank(e); ++c)
     out[c] = narrow<elem>(scaling[c] * gate * widen(z[c]));
-}
-
-// d loss / d gate of expert e: sum of scaling * z * u.
-template <typename wide, typename scalar_t>
-wide gate_gradient(const Layer<wide>& layer, int64_t e, const scalar_t* z, const wide* u) {
-  const wide* scaling = layer.scaling.data() + layer.first[e];
-  wide sum = 0;
-  for (int64_t c = 0; c < layer.rank(e); ++c) sum += scaling[c] * widen(z[c]) * u[c];
-  return sum;
 }
 
 // The auxiliary losses' share of the gradient of the logits.

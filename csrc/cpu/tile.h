@@ -26,12 +26,25 @@ FLOE_INLINE int64_t panel_width(int64_t N, int64_t p) {
   return ceil_div(least(N - p * kNR<V>, kNR<V>), V::kLanes) * V::kLanes;
 }
 
-template <typename V>
-struct Product {  // Q units of rows `ld` elements apart, and of a panel
-  const typename V::elem* rows;
-  int64_t ld, Q;
-  const typename V::unit* panel;
-};
+// sum += a times the panel b, a unit at a time: what every tile does with its registers.
+template <typename V, int MR, int NV>
+FLOE_INLINE void accumulate(typename V::reg (&sum)[MR][NV], int64_t Q, const typename V::elem* a,
+                            int64_t a_m, int64_t a_q, const typename V::unit* b, int64_t width) {
+  for (int64_t q = 0; q < Q; ++q) {
+    typename V::ureg column[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) column[v] = V::load_units(b + v * V::kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const typename V::ureg row =
+          V::broadcast(reinterpret_cast<const typename V::unit*>(a + m * a_m));
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[m][v] = V::multiply_add(sum[m][v], row, column[v]);
+    }
+    a += a_q;
+    b += width;
+  }
+}
 
 // sums (MR, NV * kLanes) of a (MR, Q) and a panel b. Element (m, q) of a is at m * a_m + q * a_q,
 // in units of the element type: a may be rows of a wide matrix, or a packed tile. To add is the
@@ -39,7 +52,6 @@ struct Product {  // Q units of rows `ld` elements apart, and of a panel
 template <typename V, int MR, int NV>
 void tile(int64_t Q, const typename V::elem* a, int64_t a_m, int64_t a_q, const typename V::unit* b,
           int64_t width, typename V::acc* sums, int64_t ld, bool add) {
-  using unit = typename V::unit;
   using acc = typename V::acc;
   typename V::reg sum[MR][NV];
 #pragma GCC unroll 8
@@ -49,19 +61,7 @@ void tile(int64_t Q, const typename V::elem* a, int64_t a_m, int64_t a_q, const 
       sum[m][v] = V::zero();
     }
   }
-  for (int64_t q = 0; q < Q; ++q) {
-    typename V::ureg column[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) column[v] = V::load_units(b + v * V::kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const typename V::ureg row = V::broadcast(reinterpret_cast<const unit*>(a + m * a_m));
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[m][v] = V::multiply_add(sum[m][v], row, column[v]);
-    }
-    a += a_q;
-    b += width;
-  }
+  accumulate<V>(sum, Q, a, a_m, a_q, b, width);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -107,34 +107,26 @@ void any_tile(int64_t M, int64_t Q, const typename V::elem* a, int64_t a_m, int6
 #undef FLOE_ROWS
 }
 
+template <typename V>
+struct Product {  // Q units of rows `ld` elements apart, and of a panel
+  const typename V::elem* rows;
+  int64_t ld, Q;
+  const typename V::unit* panel;
+};
+
 // out (kMR, kNR) = base, null for zero, + the sum of one or two products, whose rows are
 // those of wide matrices: what tile() would store and read again stays in registers.
 template <typename V, typename scalar_t>
 void expand_tile(const Product<V>& first, const Product<V>& second, const scalar_t* base,
                  int64_t ld_base, scalar_t* out, int64_t ld_out) {
-  using unit = typename V::unit;
   typename V::reg sum[V::kMR][V::kNV];
 #pragma GCC unroll 8
   for (int m = 0; m < V::kMR; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < V::kNV; ++v) sum[m][v] = V::zero();
   }
-  const Product<V>* const products[] = {&first, &second};
-  for (const Product<V>* product : products) {
-    const unit* b = product->panel;
-    for (int64_t q = 0; q < product->Q; ++q, b += kNR<V>) {
-      typename V::ureg column[V::kNV];
-#pragma GCC unroll 4
-      for (int v = 0; v < V::kNV; ++v) column[v] = V::load_units(b + v * V::kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < V::kMR; ++m) {
-        const typename V::ureg row = V::broadcast(
-            reinterpret_cast<const unit*>(product->rows + m * product->ld + q * V::kPack));
-#pragma GCC unroll 4
-        for (int v = 0; v < V::kNV; ++v) sum[m][v] = V::multiply_add(sum[m][v], row, column[v]);
-      }
-    }
-  }
+  accumulate<V>(sum, first.Q, first.rows, first.ld, V::kPack, first.panel, kNR<V>);
+  accumulate<V>(sum, second.Q, second.rows, second.ld, V::kPack, second.panel, kNR<V>);
 #pragma GCC unroll 8
   for (int m = 0; m < V::kMR; ++m) {
 #pragma GCC unroll 4
